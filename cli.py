@@ -1,0 +1,133 @@
+"""What the three scripts share: their command lines, the device, and how they fail.
+
+A frozen dataclass is a script's configuration, its command line, its help text and the record of
+it in a checkpoint, all at once: `option` gives a field its default and its help, `parse` fills the
+dataclass from the command line, and its own `__post_init__` refuses what cannot work.
+
+Whatever the user can mend is a `UserError`: `run` shows it as one line and exits with status 2.
+"""
+
+import argparse
+import dataclasses
+import os
+import signal
+import sys
+import time
+import typing
+
+import torch
+
+
+class UserError(ValueError):
+    """Something the user can mend; its text says what is wrong and what to do."""
+
+
+def option(default, help: str, **details):
+    """A dataclass field that is also a flag. `details` go to argparse: choices, nargs, ..."""
+    return dataclasses.field(default=default, metadata={"help": help, **details})
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise UserError(f"{message} (see --help)")
+
+
+def parse(config_class, argv: list[str] | None = None, presets: dict | None = None):
+    """An instance of `config_class` from the command line.
+
+    With `presets`, a dictionary of name -> {field: default}, `--preset NAME` changes the defaults
+    before the other flags are read, so that `--preset NAME --help` shows the values in force.
+    """
+    parser = Parser(
+        description=sys.modules[config_class.__module__].__doc__.split("\n\n")[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
+    types = typing.get_type_hints(config_class)
+    for field in dataclasses.fields(config_class):
+        details = dict(field.metadata)
+        kind = types[field.name]
+        if kind is bool:
+            details["action"] = argparse.BooleanOptionalAction
+        else:  # `int | None` is read as int
+            kinds = [k for k in typing.get_args(kind) if k is not type(None)] or [kind]
+            details["type"] = typing.get_args(kinds[0])[0] if "nargs" in details else kinds[0]
+        parser.add_argument(f"--{field.name}", default=field.default, **details)
+    if presets:
+        first = Parser(add_help=False, allow_abbrev=False)
+        first.add_argument("--preset", default=None)
+        name = first.parse_known_args(argv)[0].preset or default_preset()
+        if name not in presets:
+            raise UserError(f"unknown preset {name!r}: choose from {', '.join(presets)}")
+        parser.set_defaults(preset=name, **presets[name])
+    return config_class(**vars(parser.parse_args(argv)))
+
+
+def default_preset() -> str:
+    return "gpu" if torch.cuda.is_available() else "cpu"
+
+
+def choose_device(name: str) -> torch.device:
+    """`auto`: CUDA where there is one, else the CPU. Asked for and absent: UserError."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UserError(f"unknown device {name!r}: auto, cpu or cuda") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: this machine shows torch no CUDA GPU; use --device cpu")
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"--device {name}: only cpu and cuda are supported")
+    return device
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The dtype to decode in. `auto`: bfloat16 on CUDA, float32 on a CPU."""
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return getattr(torch, name)
+
+
+def bfloat16_is_faster(device: torch.device) -> bool:
+    """Whether to train under autocast: measured, since not every CPU has instructions for it."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported()
+    best = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        a = torch.randn(512, 512, dtype=dtype)
+        best[dtype] = float("inf")
+        for _ in range(5):
+            start = time.perf_counter()
+            a @ a
+            best[dtype] = min(best[dtype], time.perf_counter() - start)
+    return best[torch.bfloat16] < 0.7 * best[torch.float32]
+
+
+def describe_device(device: torch.device) -> str:
+    if device.type == "cuda":
+        return f"cuda ({torch.cuda.get_device_name(device)})"
+    return f"cpu ({torch.get_num_threads()} threads)"
+
+
+def run(main) -> None:
+    """Run a script's main(): its exit status is 0, 2 for bad input, 130 if interrupted."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a polite kill is an interrupt
+    sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that cannot show a character
+    try:
+        main()
+        sys.stdout.flush()
+    except UserError as error:
+        sys.exit(fail(error))
+    except KeyboardInterrupt as interrupt:
+        print(f"\ninterrupted{': ' + str(interrupt) if str(interrupt) else ''}", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:  # the reader of our output has left, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:  # a full disk, a folder that cannot be written
+        sys.exit(fail(error))
+
+
+def fail(error: Exception) -> int:
+    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    return 2

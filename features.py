@@ -1,0 +1,123 @@
+"""What is measured and learnt from: windows of text, and the target's hidden states on them.
+
+A draft head learns from the target's hidden states h. They are the same for every head and every
+epoch, so `Features` computes them once. On held-out text they also tell how well a head drafts,
+without decoding anything: `measure_acceptance`.
+"""
+
+import math
+import time
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import data
+from cli import UserError
+from discriminator import acceptance
+from model import GPT
+
+DRAFT_POSITIONS = 4  # how far into a draft the held-out acceptance is measured
+
+
+class Text:
+    """The text of a run in tokens: `splits` of them, cut into windows on demand."""
+
+    def __init__(self, paths: list[str] | None, packages: tuple[str, ...], splits: tuple[str, ...]):
+        self.documents = data.load_documents(paths, packages)
+        self.description = data.describe(self.documents, paths)
+        self.splits = splits
+
+    def use(self, tokenizer: dict) -> None:
+        """Tokenize with `tokenizer`, as `data.learn_tokenizer` gave it or a checkpoint kept it."""
+        self.tokenizer, self.encoding = tokenizer, data.build_encoding(tokenizer)
+        self.tokens = {s: data.tokenize(self.encoding, self.documents[s]) for s in self.splits}
+        self.byte_counts = data.token_bytes(self.encoding)
+
+    def windows(self, split: str, length: int) -> Tensor:
+        """(N, length) consecutive windows of a split. Raises UserError if there is not one."""
+        rows = data.windows(self.tokens[split], length)
+        if len(rows) == 0:
+            raise UserError(
+                f"the {split} text has {len(self.tokens[split])} tokens, less than one window of "
+                f"{length}: give more text, or a smaller --context"
+            )
+        return rows
+
+
+@torch.no_grad()
+def bits_per_byte(target: GPT, windows: Tensor, byte_counts: Tensor, autocast) -> float:
+    """Cross entropy of held-out windows (N, T + 1) per byte of text: comparable across tokenizers."""
+    nats = 0.0
+    with autocast():
+        for rows in windows.split(8):
+            logits = target.lm_head(target(rows[:, :-1])).float()
+            labels = rows[:, 1:].flatten()
+            nats += F.cross_entropy(logits.flatten(0, 1), labels, reduction="sum").item()
+    return nats / math.log(2) / byte_counts[windows[:, 1:]].sum().item()
+
+
+class Features:
+    """The target's hidden states on training windows, computed once, or again for each batch."""
+
+    def __init__(self, target: GPT, windows: Tensor, limit_gb: float, autocast):
+        """windows (N, T + 1). Kept as float16, whose error is far below the training noise."""
+        self.target, self.windows, self.autocast, self.kept = target, windows, autocast, None
+        count, width = windows[:, :-1].numel(), target.config.width
+        if count * width * 2 > limit_gb * 1e9:
+            print(f"hidden states of {count:,} tokens exceed {limit_gb} GB: computed as needed")
+            return
+        start = time.monotonic()
+        device = target.embed.weight.device
+        shape = (len(windows), windows.shape[1] - 1, width)
+        kept = torch.empty(shape, dtype=torch.float16, device=device)
+        for i in range(0, len(windows), 8):
+            kept[i : i + 8] = self.compute(windows[i : i + 8].long().to(device))
+        self.kept = kept
+        print(f"hidden states of {count:,} tokens computed in {time.monotonic() - start:.0f} s")
+
+    @torch.no_grad()
+    def compute(self, tokens: Tensor) -> Tensor:
+        with self.autocast():
+            return self.target(tokens[:, :-1]).float()
+
+    def batch(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens (B, T + 1) and hidden states (B, T, D), float32, on the target's device."""
+        tokens = self.windows[index].long().to(self.target.embed.weight.device)
+        hidden = self.compute(tokens) if self.kept is None else self.kept[index].float()
+        return tokens, hidden
+
+
+@torch.no_grad()
+def measure_acceptance(target: GPT, head, features: Features, count: int, stride: int = 16) -> dict:
+    """How a head drafts on given text: per draft position i, with the text itself as the path.
+
+    agree_i: share of positions where head and target have the same first choice; alpha_i: mean of
+    sum_x min(p, q). tau_estimate = 1 + sum_i prod_{j <= i} agree_j, the greedy acceptance length
+    if positions were independent. Uses the decoder's own `absorb` and `draft`, many rows at once.
+    """
+    tokens, hidden = features.batch(torch.arange(min(count, len(features.windows))))
+    positions = min(DRAFT_POSITIONS, head.max_draft or DRAFT_POSITIONS)
+    length = hidden.shape[1]
+    agree, alpha, drafts = [0.0] * positions, [0.0] * positions, 0
+    state, read = head.start(length + positions, batch=len(tokens)), 0
+    starts = range(min(stride, length - positions), length - positions + 1, stride)
+    calls = iter([(start + i, i) for start in starts for i in range(positions)])
+
+    def choose(logits: Tensor) -> tuple[Tensor, Tensor]:
+        here, i = next(calls)
+        p = target.lm_head(hidden[:, here]).float().softmax(-1)
+        q = logits.float().softmax(-1)
+        agree[i] += (p.argmax(-1) == q.argmax(-1)).float().sum().item()
+        alpha[i] += acceptance(p, q).sum().item()
+        return tokens[:, here + 1], q  # the text itself is the path
+
+    for start in starts:
+        head.absorb(state, tokens[:, read + 1 : start + 1], hidden[:, read:start])
+        read = start
+        drafts += len(tokens)
+        head.draft(state, positions, choose)
+    result = {f"agree_{i + 1}": value / drafts for i, value in enumerate(agree)}
+    result |= {f"alpha_{i + 1}": value / drafts for i, value in enumerate(alpha)}
+    chain = torch.tensor(agree).div(drafts).cumprod(0).sum().item()
+    return result | {"tau_estimate": 1 + chain}

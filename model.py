@@ -1,0 +1,271 @@
+"""The target: a small decoder-only language model of the Llama type.
+
+A language model reads tokens x_1..x_t and gives a distribution over the next one. This file holds
+the network, the cache that lets it read one more token without reading the text again, and the
+files it is kept in. Three things matter to the rest of the project:
+
+- `GPT.forward` returns the hidden states h *after the final norm*, not logits. Draft heads read
+  exactly this h, and `GPT.lm_head(h)` turns it into the target's logits: p = softmax(lm_head(h)).
+- `KVCache` is addressed by position. Forgetting a rejected draft is moving one integer.
+- `Block` is one decoder layer. The EAGLE draft head is built from the same class.
+
+The architecture: RMSNorm before each sublayer (arXiv 1910.07467), rotary positions (2104.09864),
+grouped-query attention as an option (2305.13245), SwiGLU (2002.05202), no biases. There is no
+dropout: a run of this size reads its text a few times only. Read next: draft_head.py.
+"""
+
+import hashlib
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cli import UserError
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    """The shape of a target. Sizes are counts of units; nothing here depends on the data."""
+
+    vocab_size: int = 2048
+    context: int = 512  # the window: the most tokens the model can read
+    num_layers: int = 16
+    width: int = 256  # D
+    num_heads: int = 4
+    num_kv_heads: int = 4  # fewer than num_heads: grouped-query attention
+    mlp_width: int = 704  # about 8/3 of the width: SwiGLU has three matrices where an MLP has two
+    rope_theta: float = 10000.0
+    norm_eps: float = 1e-5
+    tied: bool = True  # the LM head is the embedding matrix
+
+    def __post_init__(self):
+        if self.width % self.num_heads or (self.width // self.num_heads) % 2:
+            raise UserError(f"width {self.width} must be {self.num_heads} heads of an even size")
+        if self.num_heads % self.num_kv_heads:
+            raise UserError(f"{self.num_heads} heads cannot share {self.num_kv_heads} kv heads")
+
+    @property
+    def head_dim(self) -> int:
+        return self.width // self.num_heads
+
+
+class KVCache:
+    """Keys and values of the tokens read so far, addressed by position.
+
+    Allocated once for `max_length` tokens. `length` is how many of them count: what lies beyond
+    is overwritten by the next write, so `rollback` copies nothing and frees nothing.
+    """
+
+    def __init__(self, config: GPTConfig, num_layers: int, max_length: int, like: Tensor, batch=1):
+        """`like`: any tensor of the device and dtype to use."""
+        shape = (num_layers, batch, config.num_kv_heads, max_length, config.head_dim)
+        self.keys, self.values = like.new_zeros(shape), like.new_zeros(shape)
+        self.max_length = max_length
+        self.length = 0
+
+    def write(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Put (B, H, T, head_dim) keys and values after `length`; return all of the layer's."""
+        end = self.length + keys.shape[2]
+        self.keys[layer, :, :, self.length : end] = keys
+        self.values[layer, :, :, self.length : end] = values
+        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+
+    def advance(self, count: int) -> None:
+        """Count the tokens that every layer has written."""
+        self.length += count
+
+    def rollback(self, length: int) -> None:
+        """Forget everything after the first `length` tokens."""
+        if not 0 <= length <= self.length:
+            raise ValueError(f"cannot roll back from {self.length} tokens to {length}")
+        self.length = length
+
+
+class Rotary(nn.Module):
+    """Tables of the rotary embedding, and which earlier positions each position may see.
+
+    Positions enter a query and a key by rotating each pair of their coordinates by an angle that
+    is proportional to the position, so that their product depends on the distance alone.
+    """
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        pairs = torch.arange(0, config.head_dim, 2) / config.head_dim
+        angle = torch.outer(torch.arange(config.context), config.rope_theta**-pairs)  # (C, hd/2)
+        cos, sin = angle.cos(), angle.sin()
+        # Coordinate i is paired with i + hd/2: the rotated vector is x * cos + swap(x) * sin.
+        self.register_buffer("cos", torch.cat([cos, cos], -1), persistent=False)  # (C, hd)
+        self.register_buffer("sin", torch.cat([-sin, sin], -1), persistent=False)
+        causal = torch.ones(config.context, config.context, dtype=torch.bool).tril()
+        self.register_buffer("causal", causal, persistent=False)  # (C, C)
+
+    def forward(self, start: int, length: int) -> tuple[Tensor, Tensor, Tensor | None]:
+        """For positions start..start+length-1: cos and sin (T, hd), mask (T, start+T).
+
+        The mask is None where the attention can do without: one query sees every key, and a text
+        read from its beginning is causal, which the attention kernel has a faster path for.
+        """
+        end = start + length
+        mask = self.causal[start:end, :end] if start > 0 and length > 1 else None
+        return self.cos[start:end], self.sin[start:end], mask
+
+
+class Block(nn.Module):
+    """One decoder layer: x + attention(norm(x)), then x + SwiGLU(norm(x))."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.num_heads, self.num_kv_heads = config.num_heads, config.num_kv_heads
+        self.head_dim, width = config.head_dim, config.width
+        # One matrix for queries, keys and values, one for gate and up: fewer, larger products.
+        rows = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
+        self.attention_norm = nn.RMSNorm(width, eps=config.norm_eps)
+        self.qkv = nn.Linear(width, rows, bias=False)
+        self.attention_out = nn.Linear(width, width, bias=False)
+        self.mlp_norm = nn.RMSNorm(width, eps=config.norm_eps)
+        self.gate_up = nn.Linear(width, 2 * config.mlp_width, bias=False)
+        self.mlp_out = nn.Linear(config.mlp_width, width, bias=False)
+
+    def forward(self, x: Tensor, rotary, cache: KVCache | None = None, layer: int = 0) -> Tensor:
+        """x (B, T, D) -> (B, T, D). `rotary`: what `Rotary` gave for these T positions.
+
+        With a cache the T tokens follow the ones in it, and their keys and values are written to
+        its `layer`; the caller advances the cache once all layers have written.
+        """
+        batch, length, _ = x.shape
+        cos, sin, mask = rotary
+        qkv = self.qkv(self.attention_norm(x)).view(batch, length, -1, self.head_dim)
+        qkv = qkv.transpose(1, 2)  # (B, H + 2 Hkv, T, hd)
+        qk, v = qkv.split([self.num_heads + self.num_kv_heads, self.num_kv_heads], dim=1)
+        cos, sin = cos.to(x.dtype), sin.to(x.dtype)
+        qk = torch.addcmul(qk * cos, qk.roll(self.head_dim // 2, dims=-1), sin)
+        q, k = qk.split([self.num_heads, self.num_kv_heads], dim=1)  # (B, H, T, hd)
+        if cache is not None:
+            k, v = cache.write(layer, k, v)  # (B, Hkv, length + T, hd)
+        attended = F.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            attn_mask=mask,
+            is_causal=mask is None and length > 1,
+            enable_gqa=self.num_heads != self.num_kv_heads,
+        )
+        x = x + self.attention_out(attended.transpose(1, 2).reshape(batch, length, -1))
+        gate, up = self.gate_up(self.mlp_norm(x)).chunk(2, dim=-1)  # (B, T, mlp_width) each
+        return x + self.mlp_out(F.silu(gate) * up)
+
+
+class GPT(nn.Module):
+    """The target. `forward` gives hidden states; `lm_head` turns them into logits."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.config = config
+        self.embed = nn.Embedding(config.vocab_size, config.width)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.norm = nn.RMSNorm(config.width, eps=config.norm_eps)
+        self.lm_head = nn.Linear(config.width, config.vocab_size, bias=False)
+        self.rotary = Rotary(config)
+        for name, weight in self.named_parameters():
+            if weight.dim() == 2:
+                # Maps back into the residual stream are smaller, so that the stream's variance
+                # does not grow with depth (GPT-2, section 2.3).
+                scale = (2 * config.num_layers) ** -0.5 if name.endswith("_out.weight") else 1.0
+                nn.init.normal_(weight, std=0.02 * scale)
+        if config.tied:
+            self.lm_head.weight = self.embed.weight
+
+    def forward(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
+        """tokens (B, T) -> hidden states h after the final norm (B, T, D).
+
+        With a cache the tokens continue what it holds, and it advances by T.
+        """
+        start = cache.length if cache is not None else 0
+        if start + tokens.shape[1] > self.config.context:
+            raise ValueError(f"{start + tokens.shape[1]} tokens exceed {self.config.context}")
+        rotary = self.rotary(start, tokens.shape[1])
+        x = self.embed(tokens)  # (B, T, D)
+        for layer, block in enumerate(self.blocks):
+            x = block(x, rotary, cache, layer)
+        if cache is not None:
+            cache.advance(tokens.shape[1])
+        return self.norm(x)
+
+    def new_cache(self, max_length: int | None = None, batch: int = 1) -> KVCache:
+        """An empty cache for this model, of the whole window unless told otherwise."""
+        length = max_length or self.config.context
+        return KVCache(self.config, self.config.num_layers, length, self.embed.weight, batch)
+
+
+def fingerprint(target: GPT) -> str:
+    """A short hash of a target's shape and weights: what a draft head remembers its target by."""
+    digest = hashlib.sha256(repr(asdict(target.config)).encode())
+    for name, tensor in sorted(target.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().float().contiguous().numpy())
+    return digest.hexdigest()[:16]
+
+
+def save_checkpoint(path: Path, checkpoint: dict) -> None:
+    """Write a dictionary of tensors and plain values, all of it or nothing.
+
+    It is written beside its place and moved there when complete: neither a full disk nor an
+    interrupt can leave half a file, or take away the previous one.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name(path.name + ".part")
+    try:
+        with open(scratch, "wb") as file:
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(scratch, path)
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+        raise UserError(f"cannot write {path}: {error}; nothing was changed there") from error
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
+def load_checkpoint(path: Path, kind: str) -> dict:
+    """Read what `save_checkpoint` wrote, on the CPU. `kind`: what it has to be, as "target".
+
+    Raises UserError where the file is missing, damaged or of another kind.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"there is no {kind} at {path}: train one with python train.py")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged file fails in many ways: in zip, pickle or torch
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{path} is damaged or no checkpoint ({reason}): remove it") from error
+    if not isinstance(checkpoint, dict) or checkpoint.get("kind") != kind:
+        raise UserError(f"{path} is not the checkpoint of a {kind}")
+    return checkpoint
+
+
+def save_target(path: Path, target: GPT, tokenizer: dict, training: dict) -> None:
+    """A target with the tokenizer it reads by and the record of its training, in plain values."""
+    checkpoint = {
+        "kind": "target",
+        "config": asdict(target.config),
+        "weights": target.state_dict(),
+        "tokenizer": tokenizer,
+        "fingerprint": fingerprint(target),
+        "training": training,
+    }
+    save_checkpoint(path, checkpoint)
+
+
+def load_target(path: Path, device="cpu", dtype=torch.float32) -> tuple[GPT, dict]:
+    """The target at `path`, frozen, and the checkpoint it came in."""
+    checkpoint = load_checkpoint(path, "target")
+    target = GPT(GPTConfig(**checkpoint["config"]))
+    target.load_state_dict(checkpoint["weights"])
+    if fingerprint(target) != checkpoint["fingerprint"]:
+        raise UserError(f"{path} is damaged: its weights do not match their fingerprint")
+    return target.to(device, dtype).eval().requires_grad_(False), checkpoint

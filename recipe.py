@@ -1,0 +1,171 @@
+"""The recipe of a run: every setting of train.py, and the presets that change several at once.
+
+One frozen dataclass is the command line of train.py, its help, and the record in each checkpoint
+that tells whether a second command goes on with the same run.
+"""
+
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from cli import UserError, option
+from features import DRAFT_POSITIONS, Text
+from model import GPTConfig
+
+# name -> (K, lambda): the original heads, and KOALA's.
+HEADS = {
+    "medusa": (1, 0.0),
+    "medusa-koala": (2, None),
+    "eagle": (1, 0.0),
+    "eagle-koala": (2, None),
+}
+
+# What `cpu` (the defaults below) costs on two cores is in README.
+PRESETS = {
+    "cpu": {},
+    "smoke": dict(
+        vocab_size=512,
+        context=128,
+        num_layers=2,
+        width=64,
+        attention_heads=2,
+        mlp_width=128,
+        target_tokens=250_000,
+        head_data_tokens=65_000,
+        head_tokens=130_000,
+        batch_tokens=2048,
+        discriminator_steps=10,
+    ),
+    "gpu": dict(
+        vocab_size=8192,
+        context=1024,
+        num_layers=24,
+        width=768,
+        attention_heads=12,
+        mlp_width=2048,
+        target_tokens=400_000_000,
+        target_lr=6e-4,
+        head_data_tokens=1_000_000,
+        head_tokens=40_000_000,
+        batch_tokens=65_536,
+    ),
+}
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    preset: str = option("cpu", "smoke: a minute, for tests; cpu: a laptop; gpu: a CUDA GPU")
+    stage: str = option("all", "what to train", choices=["target", "heads", "all"])
+    out_dir: str | None = option(None, "the run's folder; default: out/PRESET")
+    head: str | None = option(None, "train this head only: medusa... or eagle..., any ending")
+    layers: int | None = option(None, "K, the head's layers; default: 1, and 2 for ...-koala")
+    adversarial_weight: float | None = option(None, "lambda; default: 0, see koala_weight")
+    koala_weight: float = option(0.1, "lambda of the heads named ...-koala")
+    discriminator: str = option("learnt", "D, or its closed form", choices=["learnt", "exact"])
+    data: list[str] | None = option(
+        None, "UTF-8 files or folders instead of the default", nargs="+"
+    )
+    tokenizer: str = option("bpe", "bpe: learnt from the text; or gpt2: tiktoken's own")
+    vocab_size: int = option(2048, "tokens to learn")
+    context: int = option(512, "window, in tokens")
+    num_layers: int = option(
+        16, "of the target; the deeper, the cheaper is a draft layer beside it"
+    )
+    width: int = option(256, "of the target")
+    attention_heads: int = option(4, "of the target")
+    mlp_width: int = option(704, "of the target")
+    target_tokens: int = option(3_500_000, "tokens the target trains on, repeats included")
+    target_lr: float = option(4e-3, "peak learning rate of the target")
+    optimizer: str = option(
+        "auto",
+        "of the target; auto: muon where bfloat16 is fast",
+        choices=["auto", "muon", "adamw"],
+    )
+    head_data_tokens: int = option(1_500_000, "tokens whose hidden states the heads learn from")
+    head_tokens: int = option(5_000_000, "tokens each head trains on, repeats included")
+    head_lr: float = option(1e-3, "peak learning rate of a head")
+    supervised_share: float = option(0.6, "of the head's steps before the discriminator joins")
+    discriminator_steps: int = option(300, "of D alone before it joins")
+    discriminator_lr: float = option(2e-3, "of D, constant")
+    batch_tokens: int = option(4096, "tokens a step")
+    cache_gb: float = option(2.0, "hidden states kept in memory; recomputed beyond that")
+    seed: int = option(0, "of weights, batches and noise")
+    device: str = option("auto", "auto, cpu or cuda")
+    dtype: str = option("auto", "to compute in", choices=["auto", "float32", "bfloat16"])
+    compile: bool = option(False, "torch.compile the target for its training")
+
+    def __post_init__(self):
+        if self.head is not None and not self.head.startswith(("medusa", "eagle")):
+            raise UserError(f"unknown head {self.head!r}: its name begins with medusa or eagle")
+        if self.head is None and (self.layers, self.adversarial_weight) != (None, None):
+            raise UserError("--layers and --adversarial_weight need --head, the head they are for")
+        positive = ("layers", "vocab_size", "context", "num_layers", "width", "attention_heads")
+        positive += (
+            "mlp_width",
+            "target_tokens",
+            "head_data_tokens",
+            "head_tokens",
+            "batch_tokens",
+        )
+        positive += ("target_lr", "head_lr", "discriminator_lr")
+        for name in positive:
+            if getattr(self, name) is not None and not 0 < getattr(self, name) < math.inf:
+                raise UserError(f"--{name} is {getattr(self, name)}, it must be above 0")
+        for name in ("adversarial_weight", "koala_weight", "cache_gb", "discriminator_steps"):
+            if getattr(self, name) is not None and not 0 <= getattr(self, name) < math.inf:
+                raise UserError(f"--{name} is {getattr(self, name)}, it must be 0 or more")
+        if self.vocab_size < 257:
+            raise UserError("--vocab_size must be at least 257: every byte, and the end of text")
+        if not 0 <= self.supervised_share <= 1:
+            raise UserError("--supervised_share must lie between 0 and 1")
+        if self.context < 2 * DRAFT_POSITIONS:
+            raise UserError(f"--context must be at least {2 * DRAFT_POSITIONS}")
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.out_dir or f"out/{self.preset}")
+
+    @property
+    def windows_per_step(self) -> int:
+        return max(1, self.batch_tokens // self.context)
+
+    def gpt(self, vocab_size: int) -> GPTConfig:
+        return GPTConfig(
+            vocab_size=vocab_size,
+            context=self.context,
+            num_layers=self.num_layers,
+            width=self.width,
+            num_heads=self.attention_heads,
+            num_kv_heads=self.attention_heads,
+            mlp_width=self.mlp_width,
+        )
+
+    def layers_and_weight(self, name: str) -> tuple[int, float]:
+        """(K, lambda) of the head of this name."""
+        layers, weight = HEADS.get(name, (2, None) if name.endswith("-koala") else (1, 0.0))
+        if self.layers is not None:
+            layers = self.layers
+        if self.adversarial_weight is not None:
+            return layers, self.adversarial_weight
+        return layers, self.koala_weight if weight is None else weight
+
+
+# What may differ between two commands that go on with the same run.
+FREE = {"preset", "stage", "out_dir", "head", "layers", "adversarial_weight", "device", "dtype"}
+FREE |= {"compile", "cache_gb"}
+OF_HEADS = {"koala_weight", "discriminator", "head_data_tokens", "head_tokens", "head_lr"}
+OF_HEADS |= {"supervised_share", "discriminator_steps", "discriminator_lr"}
+
+
+def settings(config: TrainConfig, leave_out: set[str]) -> dict:
+    return {k: v for k, v in asdict(config).items() if k not in leave_out}
+
+
+def head_settings(config: TrainConfig, name: str, target_print: str) -> dict:
+    layers, weight = config.layers_and_weight(name)
+    own = {"layers": layers, "adversarial_weight": weight, "target": target_print}
+    return settings(config, FREE) | own
+
+
+def target_settings(config: TrainConfig, text: Text) -> dict:
+    return settings(config, FREE | OF_HEADS) | {"text": text.description["hash"]}

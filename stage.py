@@ -1,0 +1,162 @@
+"""What any training run needs: a schedule, batches that can be counted again, a log, resuming.
+
+A `Stage` is one thing being trained. Its state is saved every minute and when it is interrupted,
+and since batches and schedule are functions of the step alone, the same command goes on exactly
+where it stopped. Nothing here knows what is trained; that is in train.py.
+"""
+
+import csv
+import ctypes
+import math
+import signal
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from cli import UserError
+from model import load_checkpoint, save_checkpoint
+
+SAVE_SECONDS = 60  # how much work a crash can cost; an interrupt costs none
+
+
+def check_same(path: Path, old: dict, new: dict) -> None:
+    """Refuse to go on with what was trained in another way: UserError, naming the difference."""
+    for name in new:
+        if old.get(name) != new[name]:
+            raise UserError(
+                f"{path} was trained with {name} {old.get(name)}, now it is {new[name]}: "
+                f"use the old value, another --out_dir, or remove the file"
+            )
+
+
+class Stage:
+    """What training the target and training a head share: the schedule, the log, and resuming.
+
+    `parts` are the modules and optimisers that make up the state. It is saved every minute and
+    when interrupted, to NAME.progress.pt, which goes away when the stage is complete.
+    """
+
+    def __init__(self, folder: Path, name: str, steps: int, settings: dict, parts: dict):
+        self.path, self.log_path = folder / f"{name}.progress.pt", folder / f"{name}.csv"
+        self.name, self.steps, self.settings, self.parts = name, steps, settings, parts
+        self.step, self.seconds, self.rows, self.best, self.score = 0, 0.0, [], None, -math.inf
+        if self.path.is_file():
+            saved = load_checkpoint(self.path, "training in progress")
+            check_same(self.path, saved["settings"], settings)
+            for key, part in parts.items():
+                part.load_state_dict(saved["parts"][key])
+            self.step, self.seconds, self.rows = saved["step"], saved["seconds"], saved["rows"]
+            self.best, self.score = saved["best"], saved["score"]
+            print(f"{name}: going on at step {self.step} of {steps}")
+        self.start_step = self.step
+        self.begun = self.saved = time.monotonic()
+
+    def elapsed(self) -> float:
+        return self.seconds + time.monotonic() - self.begun
+
+    def save(self) -> None:
+        checkpoint = {
+            "kind": "training in progress",
+            "settings": self.settings,
+            "parts": {key: part.state_dict() for key, part in self.parts.items()},
+            "step": self.step,
+            "seconds": self.elapsed(),
+            "rows": self.rows,
+            "best": self.best,
+            "score": self.score,
+        }
+        save_checkpoint(self.path, checkpoint)
+        self.saved = time.monotonic()
+
+    def __iter__(self):
+        """Step numbers, from where training stands to the end.
+
+        An interrupt is honoured between two steps, never inside one, so that what is saved is
+        what an undisturbed run would have had there. Raises KeyboardInterrupt then.
+        """
+        wanted = []  # signals received
+        signals = (signal.SIGINT, signal.SIGTERM)
+        previous = [signal.signal(s, lambda number, _: wanted.append(number)) for s in signals]
+        try:
+            while self.step < self.steps:
+                yield self.step
+                self.step += 1
+                if wanted:
+                    self.save()
+                    raise KeyboardInterrupt(
+                        f"{self.name} stands at step {self.step} of {self.steps}; "
+                        f"the same command goes on from there"
+                    )
+                if time.monotonic() - self.saved > SAVE_SECONDS:
+                    self.save()
+        finally:
+            for number, handler in zip(signals, previous):
+                signal.signal(number, handler)
+
+    def keep_if_best(self, score: float, module: nn.Module) -> None:
+        if score > self.score:
+            self.score = score
+            self.best = {k: v.detach().cpu().clone() for k, v in module.state_dict().items()}
+
+    def log(self, tokens_per_step: int, **values) -> None:
+        """Print one line, and rewrite the CSV (a row a log line; empty where not measured)."""
+        done = self.step + 1 - self.start_step
+        left = (time.monotonic() - self.begun) / done * (self.steps - self.step - 1)
+        speed = done * tokens_per_step / (time.monotonic() - self.begun)
+        shown = "  ".join(f"{key} {value:.4g}" for key, value in values.items())
+        print(
+            f"{self.name:12} {self.step + 1:5d}/{self.steps}  {shown}  "
+            f"{speed:,.0f} tokens/s  {left / 60:.1f} min left",
+            flush=True,
+        )
+        self.rows.append({"step": self.step + 1, "seconds": round(self.elapsed(), 1), **values})
+        columns = list(dict.fromkeys(key for row in self.rows for key in row))
+        with open(self.log_path, "w", newline="") as file:
+            writer = csv.DictWriter(file, columns)
+            writer.writeheader()
+            writer.writerows(self.rows)
+
+    def finish(self) -> None:
+        self.path.unlink(missing_ok=True)
+
+
+def schedule(step: int, steps: int) -> float:
+    """Share of the peak learning rate: warm-up over 2 %, then constant, then to 0 over 40 %."""
+    warm, cool = max(1, steps // 50), max(1, int(0.4 * steps))
+    return min(1.0, (step + 1) / warm, (steps - step) / cool)
+
+
+def batch_indices(count: int, per_step: int, step: int, seed: int) -> Tensor:
+    """Which windows make up a step: every window once an epoch, in an order of the seed's.
+
+    A function of the step alone, so that resuming needs no state, and whatever else draws random
+    numbers (a discriminator, say) cannot change which batches a head sees.
+    """
+    first = step * per_step
+    picks = []
+    for epoch in range(first // count, (first + per_step - 1) // count + 1):
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+        order = torch.randperm(count, generator=generator)
+        picks.append(order[max(0, first - epoch * count) : first + per_step - epoch * count])
+    return torch.cat(picks)
+
+
+def keep_freed_memory() -> None:
+    """Ask glibc to keep freed memory: a step frees and takes the same gigabyte again.
+
+    Handed back to the system and cleared by it each time, it cost 10 % of the training time on two
+    cores. Elsewhere than on Linux there is nothing to do.
+    """
+    try:
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD: take large blocks from the heap as well
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: and never shrink it
+    except (OSError, AttributeError):
+        pass
+
+
+def is_due(step: int, steps: int, times: int) -> bool:
+    """Whether this is one of about `times` evenly spaced steps; the last one always is."""
+    return (step + 1) % max(1, steps // times) == 0 or step + 1 == steps
