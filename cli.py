@@ -1,4 +1,4 @@
-"""What the three scripts share: their command lines, the device, and how they fail.
+"""What the scripts share: their command lines, the device and its clock, and how they fail.
 
 A frozen dataclass is a script's configuration, its command line, its help text and the record of
 it in a checkpoint, all at once: `option` gives a field its default and its help, `parse` fills the
@@ -108,6 +108,32 @@ def describe_device(device: torch.device) -> str:
     if device.type == "cuda":
         return f"cuda ({torch.cuda.get_device_name(device)})"
     return f"cpu ({torch.get_num_threads()} threads)"
+
+
+class Stopwatch:
+    """Seconds per phase. On CUDA, where calls return before the work is done, by its events."""
+
+    def __init__(self, device: torch.device):
+        self.cuda = device.type == "cuda"
+        self.laps = [("start", self.now())]
+
+    def now(self):
+        if not self.cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def lap(self, phase: str) -> None:
+        self.laps.append((phase, self.now()))
+
+    def seconds(self) -> dict[str, float]:
+        if self.cuda:
+            torch.cuda.synchronize()
+        total = dict.fromkeys(("prefill", "draft", "verify", "other"), 0.0)
+        for (_, begin), (phase, end) in zip(self.laps, self.laps[1:]):
+            total[phase] += begin.elapsed_time(end) / 1000 if self.cuda else end - begin
+        return total
 
 
 def run(main) -> None:

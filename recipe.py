@@ -161,6 +161,12 @@ def settings(config: TrainConfig, leave_out: set[str]) -> dict:
     return {k: v for k, v in asdict(config).items() if k not in leave_out}
 
 
+def text_packages(settings: dict) -> tuple[str, ...]:
+    """The installed packages whose sources the default text includes: a large vocabulary has
+    a large model behind it, and that wants more text than the standard library has."""
+    return ("torch", "numpy", "matplotlib") if settings["vocab_size"] >= 8192 else ()
+
+
 def head_settings(config: TrainConfig, name: str, target_print: str) -> dict:
     layers, weight = config.layers_and_weight(name)
     own = {"layers": layers, "adversarial_weight": weight, "target": target_print}

@@ -24,14 +24,22 @@ timing and printing. Read next: draft_head.py for where q comes from, bench.py f
 
 import math
 import sys
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from cli import UserError, choose_device, choose_dtype, describe_device, option, parse, run
+from cli import (
+    Stopwatch,
+    UserError,
+    choose_device,
+    choose_dtype,
+    describe_device,
+    option,
+    parse,
+    run,
+)
 from data import build_encoding, encode
 from draft_head import load_head
 from model import GPT, load_target
@@ -148,32 +156,6 @@ class Generation:
     @property
     def tokens_per_second(self) -> float:
         return (len(self.tokens) - 1) / self.seconds if len(self.tokens) > 1 else math.nan
-
-
-class Stopwatch:
-    """Seconds per phase. On CUDA, where calls return before the work is done, by its events."""
-
-    def __init__(self, device: torch.device):
-        self.cuda = device.type == "cuda"
-        self.laps = [("start", self.now())]
-
-    def now(self):
-        if not self.cuda:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def lap(self, phase: str) -> None:
-        self.laps.append((phase, self.now()))
-
-    def seconds(self) -> dict[str, float]:
-        if self.cuda:
-            torch.cuda.synchronize()
-        total = dict.fromkeys(("prefill", "draft", "verify", "other"), 0.0)
-        for (_, begin), (phase, end) in zip(self.laps, self.laps[1:]):
-            total[phase] += begin.elapsed_time(end) / 1000 if self.cuda else end - begin
-        return total
 
 
 def check_request(

@@ -18,6 +18,9 @@ from torch import Tensor, nn
 from cli import UserError
 from model import load_checkpoint, save_checkpoint
 
+# What of a log line is shown; the CSV has all of it.
+ON_SCREEN = ("loss", "valid_bits_per_byte", "loss_sup", "share_found", "gradient_ratio")
+ON_SCREEN += ("tau_estimate",)
 SAVE_SECONDS = 60  # how much work a crash can cost; an interrupt costs none
 
 
@@ -105,7 +108,7 @@ class Stage:
         done = self.step + 1 - self.start_step
         left = (time.monotonic() - self.begun) / done * (self.steps - self.step - 1)
         speed = done * tokens_per_step / (time.monotonic() - self.begun)
-        shown = "  ".join(f"{key} {value:.4g}" for key, value in values.items())
+        shown = "  ".join(f"{key} {values[key]:.4g}" for key in ON_SCREEN if key in values)
         print(
             f"{self.name:12} {self.step + 1:5d}/{self.steps}  {shown}  "
             f"{speed:,.0f} tokens/s  {left / 60:.1f} min left",

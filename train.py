@@ -20,12 +20,10 @@ KOALA: K = 2, lambda > 0}. It can be interrupted at any time: the same command g
 stopped. Read next: speculate.py.
 """
 
-import csv
 import math
 import time
 from contextlib import nullcontext
-from dataclasses import replace
-from pathlib import Path
+from dataclasses import asdict, replace
 
 import torch
 import torch.nn.functional as F
@@ -37,8 +35,19 @@ from discriminator import Discriminator, adversarial_loss, discriminator_loss, e
 from draft_head import HeadConfig, build_head, save_head
 from features import Features, Text, bits_per_byte, measure_acceptance
 from model import GPT, load_checkpoint, load_target, save_target
-from recipe import HEADS, PRESETS, TrainConfig, head_settings, target_settings
+from recipe import (
+    HEADS,
+    PRESETS,
+    TrainConfig,
+    head_settings,
+    target_settings,
+    text_packages,
+)
+from report import heads_table, plot_training
 from stage import Stage, batch_indices, check_same, is_due, keep_freed_memory, schedule
+
+LOG_LINES = 30  # of each stage
+EVALUATIONS = 10  # of each head on validation text
 
 # ------------------------------------------------------------------------------------ target
 
@@ -90,7 +99,7 @@ def train_target(config: TrainConfig, text: Text, device, autocast) -> None:
         for optimizer in optimizers:
             optimizer.param_groups[0]["lr"] = config.target_lr * schedule(step, steps)
             optimizer.step()
-        if is_due(step, steps, 50):
+        if is_due(step, steps, LOG_LINES):
             values = {"loss": loss.item()}
             if is_due(step, steps, 5):
                 sample = held_out[:: max(1, len(held_out) // 64)].long().to(device)
@@ -248,7 +257,7 @@ def train_head(
             discriminator_step(hidden, detached(guess), p)
         with autocast():
             supervised, adversarial = game.head_losses(guess, tokens, hidden, p, joint)
-        values = {"loss_sup": supervised.item()} if (log := is_due(step, steps, 50)) else {}
+        values = {"loss_sup": supervised.item()} if (log := is_due(step, steps, LOG_LINES)) else {}
         if log and joint:
             ratio = gradient_ratio(head, supervised, adversarial, weight)
             values |= {"loss_adv": adversarial.item(), "gradient_ratio": ratio}
@@ -259,7 +268,7 @@ def train_head(
         loss.backward()
         nn.utils.clip_grad_norm_(head.parameters(), 1.0)
         optimizer.step()
-        if is_due(step, steps, 10):
+        if is_due(step, steps, EVALUATIONS):
             head.eval()
             values |= measure_acceptance(target, head, valid, count=64)
             head.train()
@@ -279,65 +288,6 @@ def train_head(
     save_head(config.folder / f"{name}.pt", head, target_print, record)
     stage.finish()
     return record
-
-
-# ------------------------------------------------------------------------------------- report
-
-
-def table(records: list[dict]) -> str:
-    """The heads' held-out figures as Markdown."""
-    lines = ["| head | K | lambda | parameters | minutes | agreement at draft position 1, 2, .. |"]
-    lines[0] += " alpha at position 1 | tau, estimated |"
-    lines.append("|---|---|---|---|---|---|---|---|")
-    for record in records:
-        held_out, used = record["valid"], record["settings"]
-        agree = ", ".join(f"{held_out[k]:.3f}" for k in held_out if k.startswith("agree"))
-        lines.append(
-            f"| {record['name']} | {used['layers']} | {used['adversarial_weight']:g} "
-            f"| {record['parameters'] / 1e6:.2f} M | {record['seconds'] / 60:.1f} | {agree} "
-            f"| {held_out['alpha_1']:.3f} | {held_out['tau_estimate']:.2f} |"
-        )
-    return "\n".join(lines)
-
-
-def plot(folder: Path, names: list[str]) -> None:
-    """training.png, from the CSV logs: losses, held-out acceptance, the discriminator's health."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    def read(name: str) -> dict[str, tuple[list, list]]:
-        with open(folder / f"{name}.csv", newline="") as file:
-            rows = list(csv.DictReader(file))
-        return {
-            key: tuple(zip(*[(int(r["step"]), float(r[key])) for r in rows if r[key]]))
-            for key in rows[0]
-        }
-
-    logs = {name: read(name) for name in names if (folder / f"{name}.csv").is_file()}
-    figure, axes = plt.subplots(2, 2, figsize=(11, 7.5), layout="constrained")
-    if (folder / "target.csv").is_file():
-        axes[0, 0].plot(*read("target")["loss"], color="black")
-    axes[0, 0].set(title="Target: training loss", xlabel="step", ylabel="cross entropy (nats)")
-    for name, log in logs.items():
-        axes[0, 1].plot(*log["loss_sup"], label=name)
-        axes[1, 0].plot(*log["tau_estimate"], marker="o", label=name)
-        for key, line in (("d_accuracy", "-"), ("d_accuracy_bound", "--"), ("share_found", ":")):
-            if key in log:
-                axes[1, 1].plot(*log[key], line, label=f"{name}: {key.replace('_', ' ')}")
-    title = "Heads: supervised loss (each kind has its own)"
-    axes[0, 1].set(title=title, xlabel="step", ylabel="L_sup", yscale="log")
-    title = "Heads: estimated acceptance length, validation text"
-    axes[1, 0].set(title=title, xlabel="step", ylabel="tokens per target pass")
-    title = "Discriminator: accuracy against its bound, share found"
-    axes[1, 1].set(title=title, xlabel="step", ylabel="share")
-    for axis in axes.flat:
-        axis.grid(alpha=0.3)
-        if axis.get_legend_handles_labels()[0]:
-            axis.legend(fontsize=8)
-    figure.savefig(folder / "training.png", dpi=120)
-    plt.close(figure)
 
 
 # --------------------------------------------------------------------------------------- main
@@ -370,9 +320,9 @@ def train_heads(config: TrainConfig, text: Text, device, autocast) -> None:
     records = [
         load_checkpoint(p, "draft head")["training"] for p in paths if ".progress" not in p.name
     ]
-    (folder / "heads.md").write_text(table(records) + "\n")
-    plot(folder, [record["name"] for record in records])
-    print(f"\nOn validation text, drafting along the text itself:\n\n{table(records)}\n")
+    (folder / "heads.md").write_text(heads_table(records) + "\n")
+    plot_training(folder, [record["name"] for record in records])
+    print(f"\nOn validation text, drafting along the text itself:\n\n{heads_table(records)}\n")
     print(f"written: {folder / 'heads.md'}, {folder / 'training.png'}")
 
 
@@ -392,11 +342,7 @@ def main() -> None:
     def autocast():
         return torch.autocast(device.type, torch.bfloat16) if low else nullcontext()
 
-    text = Text(
-        config.data,
-        ("torch", "numpy", "matplotlib") if config.preset == "gpu" else (),
-        ("train", "valid"),
-    )
+    text = Text(config.data, text_packages(asdict(config)), ("train", "valid"))
     target_path = config.folder / "target.pt"
     print(
         f"text: {text.description['source']}, bytes {text.description['bytes']}; run: {config.folder}"

@@ -1,0 +1,391 @@
+"""The numbers: acceptance length and speedup, how sure they are, and what explains them.
+
+**tau**, the acceptance length, is tokens per pass of the target, its own token included, summed
+over prompts: between 1 and gamma + 1. The prefill is no cycle, and a cycle that the token limit
+cut short is left out. Its interval comes from resampling the prompts (bootstrap, 95 %).
+
+**Speedup** is tokens/s of speculative over tokens/s of plain decoding of the same prompts, batch 1,
+prefill excluded, the two interleaved prompt by prompt so that a slow minute hits both: the median
+over runs, with the lowest and highest.
+
+**The cost model** (2211.17192, theorem 3.8, in measured units) says what speedup tau should give:
+
+    speedup = tau / (c_verify + c_draft)
+
+with c_verify the cost of a target pass over gamma + 1 tokens and c_draft that of drafting gamma,
+in units of one plain step. Both are measured beforehand, in isolated passes at the run's middle
+context length: taken from the run's own timers they would agree with it by construction.
+
+**Honesty.** The baseline is compared with a bare loop. Greedy outputs are compared token by token,
+and any difference has to be a near-tie of the target's logits, else this script exits with 1. A
+small model repeats itself when decoded greedily, and loops flatter every draft: texts with fewer
+than half distinct 4-grams are counted apart, and headline numbers leave them out.
+"""
+
+import copy
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from datetime import date
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import data
+from cli import UserError, describe_device, option, parse, run
+from features import Features, Text, measure_acceptance
+from model import load_checkpoint
+from recipe import HEADS, text_packages
+from report import README, bench_tables, plot_bench, readme_tables
+from speculate import argmax, find_run, generate, load
+
+PROMPT_TOKENS = 64
+WARM_UP = 2  # prompts decoded before anything is timed
+# The largest gap between the target's two best logits at which two outputs may part: rounding.
+NEAR_TIE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 0.25}
+
+
+@dataclass(frozen=True)
+class BenchConfig:
+    out_dir: str | None = option(None, "the run's folder; default: the newest under out/")
+    heads: list[str] | None = option(None, "heads to measure; default: the run's four", nargs="+")
+    gamma: int = option(4, "tokens to draft in each cycle")
+    num_prompts: int = option(90, "prompts, shared out between the tasks of the test text")
+    prompts_file: str | None = option(None, "a UTF-8 file with a prompt a line, instead")
+    max_new_tokens: int = option(128, "tokens to write for each prompt")
+    temperature: float = option(0.0, "0 is greedy")
+    top_k: int = option(0, "sample from the k likeliest tokens only; 0: from all")
+    top_p: float = option(1.0, "sample from the likeliest tokens that reach this probability")
+    runs: int = option(3, "repetitions of every timing")
+    seed: int = option(0, "of sampling and of the bootstrap")
+    name: str = option("bench", "of the result files, written to OUT_DIR/bench/")
+    readme: bool = option(False, "only rewrite README's tables from results/*.json")
+    device: str = option("auto", "auto, cpu or cuda")
+    dtype: str = option("auto", "to decode in", choices=["auto", "float32", "bfloat16", "float64"])
+
+    def __post_init__(self):
+        for name in ("num_prompts", "max_new_tokens", "runs"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name} is {getattr(self, name)}, it must be at least 1")
+
+
+# ---------------------------------------------------------------------------------- measuring
+
+
+def synchronized_time(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def interleaved_medians(jobs: dict, device: torch.device, repeats: int) -> dict[str, float]:
+    """Median seconds of each job, the jobs taking turns."""
+    samples = {name: [] for name in jobs}
+    for repeat in range(repeats + 3):
+        for name, job in jobs.items():
+            start = synchronized_time(device)
+            job()
+            if repeat >= 3:  # the first ones warm up
+                samples[name].append(synchronized_time(device) - start)
+    return {name: statistics.median(values) for name, values in samples.items()}
+
+
+@torch.inference_mode()
+def isolated_costs(target, heads: dict, gamma: int, length: int, repeats: int = 60) -> dict:
+    """Seconds of one plain step, of a verification, and of each head's drafting, at `length`.
+
+    A verification reads gamma + 1 tokens; a head absorbs as many as a middling cycle accepts,
+    then drafts gamma tokens greedily. Rolling back is free, so every repetition is the same work.
+    """
+    device = target.embed.weight.device
+    generator = torch.Generator().manual_seed(0)
+    shape = (1, length + gamma + 1)
+    tokens = torch.randint(target.config.vocab_size, shape, generator=generator).to(device)
+    cache = target.new_cache()
+    hidden = target(tokens[:, :length], cache)
+
+    def passes(count: int):
+        def job():
+            cache.rollback(length)
+            argmax(target.lm_head(target(tokens[:, length : length + count], cache)))
+
+        return job
+
+    def drafting(head):
+        state, read = head.start(target.config.context), min(3, length - 1)
+        head.absorb(state, tokens[:, 1 : length - read + 1], hidden[:, : length - read])
+
+        def choose(logits):
+            return argmax(logits), logits
+
+        def job():
+            again = copy.copy(state)  # the same state each time: absorbing rolls its cache back
+            head.absorb(again, tokens[:, length - read + 1 : length + 1], hidden[:, -read:])
+            head.draft(again, gamma, choose)
+
+        return job
+
+    jobs = {"step": passes(1), "verify": passes(gamma + 1)}
+    jobs |= {name: drafting(head) for name, head in heads.items()}
+    return interleaved_medians(jobs, device, repeats)
+
+
+@torch.inference_mode()
+def baseline_share(target, prompt: list[int], count: int, repeats: int) -> float:
+    """Speed of `generate` without a head, in units of the barest loop one could write."""
+    device = target.embed.weight.device
+
+    def bare() -> float:
+        cache = target.new_cache()
+        hidden = target(torch.tensor([prompt], device=device), cache)
+        token = argmax(target.lm_head(hidden[:, -1:]))
+        start = synchronized_time(device)
+        for _ in range(count - 1):
+            token = argmax(target.lm_head(target(token, cache)))
+            token.item()
+        return synchronized_time(device) - start
+
+    ratios = []
+    for _ in range(repeats + 1):
+        bare_seconds = bare()
+        ratios.append(bare_seconds / generate(target, prompt, count).seconds)
+    return statistics.median(ratios[1:])
+
+
+def is_loop(tokens: list[int], n: int = 4) -> bool:
+    grams = [tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)]
+    return len(set(grams)) < len(grams) / 2
+
+
+@torch.inference_mode()
+def first_difference(target, prompt: list[int], ours: list[int], theirs: list[int]) -> dict:
+    """Where two outputs part, and how far apart the target's two best logits are there."""
+    same = zip(ours, theirs)
+    position = next((i for i, (a, b) in enumerate(same) if a != b), min(len(ours), len(theirs)))
+    text = torch.tensor([prompt + theirs[:position]], device=target.embed.weight.device)
+    best = target.lm_head(target(text)[0, -1]).float().topk(2).values
+    return {"position": position, "gap": (best[0] - best[1]).item()}
+
+
+def measure(config: BenchConfig, target, heads: dict, prompts: list) -> tuple[list, dict]:
+    """Decode every prompt with every head and without, `runs` times, interleaved.
+
+    Returns (a record per prompt, {method: [seconds of each prompt] for each run}).
+    """
+    request = dict(max_new_tokens=config.max_new_tokens, gamma=config.gamma, top_k=config.top_k)
+    request |= dict(temperature=config.temperature, top_p=config.top_p)
+    methods = {"autoregressive": None} | heads
+    samples = [{"task": task, "methods": {}} for task, _ in prompts]
+    seconds = {name: [] for name in methods}
+    for number in range(config.runs):
+        for rows in seconds.values():
+            rows.append([])
+        warm_up = prompts[:WARM_UP] if number == 0 else []
+        for index, (_, prompt) in enumerate(warm_up + prompts, start=-len(warm_up)):
+            for name, head in methods.items():
+                out = generate(target, prompt, head=head, seed=config.seed + index, **request)
+                if index < 0:
+                    continue
+                seconds[name][-1].append(out.seconds)
+                if number == 0:
+                    samples[index]["methods"][name] = {
+                        "tokens": out.tokens,
+                        "produced": out.produced,
+                        "uncut_cycles": out.uncut_cycles,
+                        "phases": [out.draft_seconds, out.verify_seconds, out.other_seconds],
+                    }
+            if index >= 0 and (index + 1) % 10 == 0:
+                print(
+                    f"run {number + 1}/{config.runs}: {index + 1}/{len(prompts)} prompts",
+                    flush=True,
+                )
+    for sample, (_, prompt) in zip(samples, prompts):
+        plain = sample["methods"]["autoregressive"]["tokens"]
+        sample["loop"] = is_loop(plain)
+        for name in heads if config.temperature == 0 else ():
+            ours = sample["methods"][name]["tokens"]
+            if ours != plain:
+                sample["methods"][name]["differs"] = first_difference(target, prompt, ours, plain)
+    return samples, seconds
+
+
+# --------------------------------------------------------------------------------- evaluating
+
+
+def interval(values: np.ndarray) -> list[float]:
+    return [float(x) for x in np.percentile(values, [2.5, 97.5])]
+
+
+def evaluate(config: BenchConfig, samples: list, seconds: dict, costs: dict) -> dict:
+    """The figures of each head from the samples: loop-free ones, and all for comparison."""
+    free = np.array([not s["loop"] for s in samples])
+    use = free if free.any() else ~free
+    rng = np.random.default_rng(config.seed)
+    names = [name for name in seconds if name != "autoregressive"]
+
+    def counts(name: str) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens and cycles of each prompt, uncut cycles only."""
+        rows = [s["methods"][name] for s in samples]
+        uncut = [r["produced"][: r["uncut_cycles"]] for r in rows]
+        return np.array([sum(u) for u in uncut]), np.array([len(u) for u in uncut])
+
+    def speed(name: str) -> np.ndarray:
+        """Tokens/s of each run, over the prompts in use."""
+        tokens = np.array([len(s["methods"][name]["tokens"]) - 1 for s in samples])
+        return np.array([tokens[use].sum() / np.array(row)[use].sum() for row in seconds[name]])
+
+    picks = rng.choice(np.flatnonzero(use), size=(2000, int(use.sum())))
+    plain = speed("autoregressive")
+    heads, resampled = {}, {}
+    for name in names:
+        tokens, cycles = counts(name)
+        resampled[name] = tokens[picks].sum(1) / np.maximum(1, cycles[picks].sum(1))
+        tau = float(tokens[use].sum() / max(1, cycles[use].sum()))
+        accepted = [
+            length - 1
+            for s, keep in zip(samples, use)
+            if keep
+            for length in s["methods"][name]["produced"][: s["methods"][name]["uncut_cycles"]]
+        ]
+        reached = [sum(a >= i for a in accepted) for i in range(config.gamma + 1)]
+        speedups = speed(name) / plain
+        c_verify, c_draft = costs["verify"] / costs["step"], costs[name] / costs["step"]
+        differing = [
+            s["methods"][name]["differs"] for s in samples if "differs" in s["methods"][name]
+        ]
+        tasks = sorted({s["task"] for s in samples})
+        in_task = {t: use & np.array([s["task"] == t for s in samples]) for t in tasks}
+        heads[name] = {
+            "tau": tau,
+            "tau_interval": interval(resampled[name]),
+            "tau_with_loops": float(tokens.sum() / max(1, cycles.sum())),
+            "tau_by_task": {
+                t: float(tokens[m].sum() / cycles[m].sum()) for t, m in in_task.items() if m.any()
+            },
+            "accepted_histogram": [accepted.count(i) for i in range(config.gamma + 1)],
+            "conditional_acceptance": [b / a for a, b in zip(reached, reached[1:]) if a],
+            "speedup": float(np.median(speedups)),
+            "speedup_range": [float(speedups.min()), float(speedups.max())],
+            "c_verify": c_verify,
+            "c_draft": c_draft,
+            "predicted_speedup": tau / (c_verify + c_draft),
+            "identical": 1 - len(differing) / len(samples),
+            "largest_gap": max((d["gap"] for d in differing), default=0.0),
+        }
+    against = {}
+    for name in names:
+        original = name.removesuffix("-koala")
+        if original != name and original in names:
+            ratio = resampled[name] / resampled[original]
+            net = speed(name) / speed(original)
+            against[name] = {
+                "original": original,
+                "tau_ratio": heads[name]["tau"] / heads[original]["tau"],
+                "tau_ratio_interval": interval(ratio),
+                "net_speed": float(np.median(net)),
+                "net_speed_range": [float(net.min()), float(net.max())],
+                "predicted": heads[name]["predicted_speedup"]
+                / heads[original]["predicted_speedup"],
+            }
+    return {
+        "heads": heads,
+        "koala_against_original": against,
+        "autoregressive_tokens_per_second": float(np.median(plain)),
+        "prompts": len(samples),
+        "loop_free": int(free.sum()),
+    }
+
+
+def load_prompts(config: BenchConfig, text: Text, encoding) -> list[tuple[str, list[int]]]:
+    """(task, tokens) of the test text, or of the lines of --prompts_file."""
+    if config.prompts_file is None:
+        found, left_out = data.prompts(
+            text.documents["test"], encoding, config.num_prompts, PROMPT_TOKENS
+        )
+        if left_out:
+            print(f"left out for want of prompts: {', '.join(left_out)}")
+    else:
+        try:
+            lines = Path(config.prompts_file).read_text("utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"--prompts_file {config.prompts_file}: {error}") from error
+        rows = [data.encode(encoding, line) for line in lines if line.strip()]
+        found = [("file", row) for row in rows][: config.num_prompts]
+    if not found:
+        raise UserError("there is no prompt to measure with: give more text, or --prompts_file")
+    return found
+
+
+def commit() -> str | None:
+    """The commit of the code, with a + if it has been changed since."""
+    try:
+        git = ["git", "-C", str(README.parent), "describe", "--always", "--dirty=+"]
+        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def main() -> None:
+    config = parse(BenchConfig)
+    if config.readme:
+        README.write_text(readme_tables(README.read_text()))
+        return
+    folder = find_run(config.out_dir)
+    names = config.heads or [name for name in HEADS if (folder / f"{name}.pt").is_file()]
+    target, _, encoding = load(folder, None, config.device, config.dtype)
+    heads = {name: load(folder, name, config.device, config.dtype)[1] for name in names}
+    weight = target.embed.weight
+    print(
+        f"run {folder}, {describe_device(weight.device)}, {weight.dtype}, heads {', '.join(heads)}"
+    )
+    trained = load_checkpoint(folder / "target.pt", "target")
+    settings = trained["training"]["settings"]
+    text = Text(settings["data"], text_packages(settings), ("test",))
+    if text.description["hash"] != trained["training"]["data"]["hash"]:
+        raise UserError("the text has changed since the target was trained: its split is unknown")
+    text.use(trained["tokenizer"])
+    prompts = load_prompts(config, text, encoding)
+
+    length = PROMPT_TOKENS + config.max_new_tokens // 2
+    costs = isolated_costs(target, heads, config.gamma, length)
+    share = baseline_share(target, prompts[0][1], config.max_new_tokens, 5)
+    samples, seconds = measure(config, target, heads, prompts)
+    rows = text.windows("test", target.config.context + 1)
+    features = Features(target, rows[:: max(1, len(rows) // 64)], 1.0, nullcontext)
+    result = {
+        "command": " ".join(["python", "bench.py", *sys.argv[1:]]),
+        "date": date.today().isoformat(),
+        "commit": commit(),
+        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        "device": describe_device(weight.device),
+        "dtype": str(weight.dtype).removeprefix("torch."),
+        "config": asdict(config),
+        "target": trained["training"],
+        "training": {n: getattr(h, "training_record", None) for n, h in heads.items()},
+        "on_test_text": {n: measure_acceptance(target, h, features, 64) for n, h in heads.items()},
+        "isolated_seconds": costs,
+        "baseline_share": share,
+        "figures": evaluate(config, samples, seconds, costs),
+        "seconds": seconds,
+        "samples": samples,
+    }
+    out = folder / "bench"
+    out.mkdir(exist_ok=True)
+    (out / f"{config.name}.json").write_text(json.dumps(result) + "\n")
+    (out / f"{config.name}.md").write_text(bench_tables(result) + "\n")
+    plot_bench(result, out / f"{config.name}.png")
+    print(f"\n{bench_tables(result)}\n\nwritten: {out}/{config.name}.json, .md and .png")
+    worst = max((f["largest_gap"] for f in result["figures"]["heads"].values()), default=0.0)
+    if worst > NEAR_TIE[weight.dtype]:
+        print(f"error: outputs part where the target's choice was clear (gap {worst:.4f}): a bug")
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    run(main)

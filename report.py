@@ -1,0 +1,148 @@
+"""What the runs leave behind for a reader: tables in Markdown, plots, and README's own tables.
+
+Only formatting: every figure comes from the checkpoints and logs of train.py, or from the result
+of bench.py. README's tables are written from the results in results/, never by hand.
+"""
+
+import csv
+import json
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")  # no window: plots go to files
+import matplotlib.pyplot as plt
+import numpy as np
+
+README = Path(__file__).with_name("README.md")
+RESULTS = Path(__file__).with_name("results")
+
+
+def heads_table(records: list[dict]) -> str:
+    """The heads' held-out figures as Markdown."""
+    lines = ["| head | K | lambda | parameters | minutes | agreement at draft position 1, 2, .. |"]
+    lines[0] += " alpha at position 1 | tau, estimated |"
+    lines.append("|---|---|---|---|---|---|---|---|")
+    for record in records:
+        held_out, used = record["valid"], record["settings"]
+        agree = ", ".join(f"{held_out[k]:.3f}" for k in held_out if k.startswith("agree"))
+        lines.append(
+            f"| {record['name']} | {used['layers']} | {used['adversarial_weight']:g} "
+            f"| {record['parameters'] / 1e6:.2f} M | {record['seconds'] / 60:.1f} | {agree} "
+            f"| {held_out['alpha_1']:.3f} | {held_out['tau_estimate']:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+def plot_training(folder: Path, names: list[str]) -> None:
+    """training.png, from the CSV logs: losses, held-out acceptance, the discriminator's health."""
+
+    def read(name: str) -> dict[str, tuple[list, list]]:
+        with open(folder / f"{name}.csv", newline="") as file:
+            rows = list(csv.DictReader(file))
+        return {
+            key: tuple(zip(*[(int(r["step"]), float(r[key])) for r in rows if r[key]]))
+            for key in rows[0]
+        }
+
+    logs = {name: read(name) for name in names if (folder / f"{name}.csv").is_file()}
+    figure, axes = plt.subplots(2, 2, figsize=(11, 7.5), layout="constrained")
+    if (folder / "target.csv").is_file():
+        axes[0, 0].plot(*read("target")["loss"], color="black")
+    axes[0, 0].set(title="Target: training loss", xlabel="step", ylabel="cross entropy (nats)")
+    for name, log in logs.items():
+        axes[0, 1].plot(*log["loss_sup"], label=name)
+        axes[1, 0].plot(*log["tau_estimate"], marker="o", label=name)
+        for key, line in (("d_accuracy", "-"), ("d_accuracy_bound", "--"), ("share_found", ":")):
+            if key in log:
+                axes[1, 1].plot(*log[key], line, label=f"{name}: {key.replace('_', ' ')}")
+    title = "Heads: supervised loss (each kind has its own)"
+    axes[0, 1].set(title=title, xlabel="step", ylabel="L_sup", yscale="log")
+    title = "Heads: estimated acceptance length, validation text"
+    axes[1, 0].set(title=title, xlabel="step", ylabel="tokens per target pass")
+    title = "Discriminator: accuracy against its bound, share found"
+    axes[1, 1].set(title=title, xlabel="step", ylabel="share")
+    for axis in axes.flat:
+        axis.grid(alpha=0.3)
+        if axis.get_legend_handles_labels()[0]:
+            axis.legend(fontsize=8)
+    figure.savefig(folder / "training.png", dpi=120)
+    plt.close(figure)
+
+
+def bench_tables(result: dict) -> str:
+    """A result as two Markdown tables with what is needed to read them."""
+    figures, config = result["figures"], result["config"]
+    how = "greedy" if config["temperature"] == 0 else f"temperature {config['temperature']:g}"
+    lines = [
+        f"{figures['loop_free']} loop-free of {figures['prompts']} test prompts x "
+        f"{config['max_new_tokens']} tokens, {how}, gamma = {config['gamma']}, "
+        f"{config['runs']} runs, seed {config['seed']}; {result['device']}, {result['dtype']}; plain "
+        f"decoding {figures['autoregressive_tokens_per_second']:.0f} tokens/s, "
+        f"{result['baseline_share']:.0%} of a bare loop.",
+        "",
+        "| head | tau [95 %] | with loops | speedup (low to high) | predicted | c_verify + c_draft |"
+        + (" identical |" if config["temperature"] == 0 else ""),
+        "|---|---|---|---|---|---|" + ("---|" if config["temperature"] == 0 else ""),
+    ]
+    for name, f in figures["heads"].items():
+        low, high = f["tau_interval"]
+        slow, fast = f["speedup_range"]
+        lines.append(
+            f"| {name} | {f['tau']:.2f} [{low:.2f}, {high:.2f}] | {f['tau_with_loops']:.2f} "
+            f"| {f['speedup']:.2f}x ({slow:.2f} to {fast:.2f}) | {f['predicted_speedup']:.2f}x "
+            f"| {f['c_verify']:.2f} + {f['c_draft']:.2f} |"
+            + (f" {f['identical']:.0%} |" if config["temperature"] == 0 else "")
+        )
+    if figures["koala_against_original"]:
+        lines += ["", "| KOALA against | tau ratio [95 %] | net speed (low to high) | predicted |"]
+        lines += ["|---|---|---|---|"]
+    for name, f in figures["koala_against_original"].items():
+        low, high = f["tau_ratio_interval"]
+        slow, fast = f["net_speed_range"]
+        lines.append(
+            f"| {name} against {f['original']} | {f['tau_ratio']:.3f} [{low:.3f}, {high:.3f}] "
+            f"| {f['net_speed']:.3f} ({slow:.3f} to {fast:.3f}) | {f['predicted']:.3f} |"
+        )
+    return "\n".join(lines)
+
+
+def plot_bench(result: dict, path: Path) -> None:
+    """Speedup, measured beside predicted, and how acceptance falls along the draft."""
+    heads = result["figures"]["heads"]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    places = np.arange(len(heads))
+    measured = np.array([f["speedup"] for f in heads.values()])
+    spread = np.array([f["speedup_range"] for f in heads.values()]).T
+    errors = np.abs(spread - measured)
+    left.bar(
+        places, measured, yerr=errors, capsize=4, color="tab:blue", label="measured (range of runs)"
+    )
+    predicted = [f["predicted_speedup"] for f in heads.values()]
+    left.plot(places, predicted, "D", color="black", label="tau / (c_verify + c_draft)")
+    left.axhline(1.0, color="gray", linestyle="--", label="plain decoding")
+    labels = [f"{name}\ntau {f['tau']:.2f}" for name, f in heads.items()]
+    left.set_xticks(places, labels)
+    left.set(ylabel="speedup (x)", title="Speed of decoding, plain decoding = 1")
+    left.legend()
+    for name, f in heads.items():
+        chances = f["conditional_acceptance"]
+        right.plot(range(1, len(chances) + 1), chances, marker="o", label=name)
+    right.set_xticks(range(1, result["config"]["gamma"] + 1))
+    right.set(xlabel="draft position", ylabel="share accepted", ylim=(0, 1))
+    right.set(title="Chance of acceptance, given that all before were")
+    right.legend()
+    right.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def readme_tables(text: str) -> str:
+    """README with each `<!-- results/NAME.json -->` block rewritten from that file."""
+    parts = text.split("<!-- results/")
+    for index, part in enumerate(parts[1:], start=1):
+        name, rest = part.split(".json -->", 1)
+        after = rest[rest.index("<!-- end -->") :]
+        result = json.loads((RESULTS / f"{name}.json").read_text())
+        parts[index] = f"{name}.json -->\n{bench_tables(result)}\n{after}"
+    return "<!-- results/".join(parts)
