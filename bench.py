@@ -39,7 +39,7 @@ import torch
 
 import data
 from cli import UserError, describe_device, option, parse, run
-from features import Features, Text, measure_acceptance
+from features import Features, Text, measure_acceptance, spread
 from model import load_checkpoint
 from recipe import HEADS, text_packages
 from report import README, bench_tables, plot_bench, readme_tables
@@ -357,7 +357,7 @@ def main() -> None:
     share = baseline_share(target, prompts[0][1], config.max_new_tokens, 5)
     samples, seconds = measure(config, target, heads, prompts)
     rows = text.windows("test", target.config.context + 1)
-    features = Features(target, rows[:: max(1, len(rows) // 64)], 1.0, nullcontext)
+    features = Features(target, spread(rows, 64), 1.0, nullcontext)
     result = {
         "command": " ".join(["python", "bench.py", *sys.argv[1:]]),
         "date": date.today().isoformat(),

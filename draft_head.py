@@ -284,3 +284,9 @@ def load_head(path: Path, target: GPT, target_fingerprint: str | None = None) ->
     head.load_state_dict(checkpoint["weights"])
     head.training_record = checkpoint["training"]
     return head.to(target.embed.weight.dtype).eval().requires_grad_(False)
+
+
+def trained_heads(folder: Path) -> list[str]:
+    """The names of the heads in a run's folder."""
+    names = [path.name.removesuffix(".pt") for path in folder.glob("*.pt")]
+    return sorted(n for n in names if n.startswith(tuple(KINDS)) and ".progress" not in n)

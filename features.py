@@ -44,6 +44,17 @@ class Text:
             )
         return rows
 
+    def overlap(self) -> float:
+        """The share of the test text's 32-grams that occur in training: near-copies flatter."""
+        test = data.tokenize(self.encoding, self.documents["test"])
+        return data.overlap(self.tokens["train"], test)
+
+
+def spread(rows: Tensor, count: int) -> Tensor:
+    """At most `count` of the rows, evenly spread over all documents; at least one."""
+    count = max(1, min(count, len(rows)))
+    return rows[torch.linspace(0, len(rows) - 1, count).long()]
+
 
 @torch.no_grad()
 def bits_per_byte(target: GPT, windows: Tensor, byte_counts: Tensor, autocast) -> float:

@@ -81,7 +81,7 @@ class TrainConfig:
         "of the target; auto: muon where bfloat16 is fast",
         choices=["auto", "muon", "adamw"],
     )
-    head_data_tokens: int = option(1_500_000, "tokens whose hidden states the heads learn from")
+    head_data_tokens: int = option(2_000_000, "tokens whose hidden states the heads learn from")
     head_tokens: int = option(5_000_000, "tokens each head trains on, repeats included")
     head_lr: float = option(1e-3, "peak learning rate of a head")
     supervised_share: float = option(0.6, "of the head's steps before the discriminator joins")

@@ -41,7 +41,7 @@ from cli import (
     run,
 )
 from data import build_encoding, encode
-from draft_head import load_head
+from draft_head import load_head, trained_heads
 from model import GPT, load_target
 from show import Printer, compare, trace_lines
 
@@ -306,13 +306,6 @@ def load(out_dir=None, head: str | None = "eagle-koala", device="auto", dtype="a
             raise UserError(f"there is no head at {path}; trained here: {', '.join(names)}")
         head = load_head(path, target, checkpoint["fingerprint"])
     return target, head, build_encoding(checkpoint["tokenizer"])
-
-
-def trained_heads(folder: Path) -> list[str]:
-    names = {path.stem for path in folder.glob("*.pt")}
-    return sorted(
-        name for name in names if name.startswith(("medusa", "eagle")) and "." not in name
-    )
 
 
 # ------------------------------------------------------------------------ the command line

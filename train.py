@@ -23,7 +23,7 @@ stopped. Read next: speculate.py.
 import math
 import time
 from contextlib import nullcontext
-from dataclasses import asdict, replace
+from dataclasses import asdict
 
 import torch
 import torch.nn.functional as F
@@ -32,8 +32,8 @@ from torch import Tensor, nn
 import data
 from cli import UserError, bfloat16_is_faster, choose_device, describe_device, parse, run
 from discriminator import Discriminator, adversarial_loss, discriminator_loss, exact_logits, health
-from draft_head import HeadConfig, build_head, save_head
-from features import Features, Text, bits_per_byte, measure_acceptance
+from draft_head import HeadConfig, build_head, save_head, trained_heads
+from features import Features, Text, bits_per_byte, measure_acceptance, spread
 from model import GPT, load_checkpoint, load_target, save_target
 from recipe import (
     HEADS,
@@ -48,15 +48,14 @@ from stage import Stage, batch_indices, check_same, is_due, keep_freed_memory, s
 
 LOG_LINES = 30  # of each stage
 EVALUATIONS = 10  # of each head on validation text
+VALID_WINDOWS = 128  # that they are measured on
 
 # ------------------------------------------------------------------------------------ target
 
 
-def target_optimizers(config: TrainConfig, target: GPT) -> list[torch.optim.Optimizer]:
+def target_optimizers(config: TrainConfig, target: GPT, name: str) -> list:
     """AdamW for all, or Muon (arXiv 2502.16982) for the layers' matrices and AdamW for the rest."""
-    inside = [p for p in target.blocks.parameters() if p.dim() == 2]
-    if config.optimizer == "adamw":
-        inside = []
+    inside = [p for p in target.blocks.parameters() if p.dim() == 2 and name == "muon"]
     chosen = {id(p) for p in inside}
     rest = [p for p in target.parameters() if id(p) not in chosen]
     adamw = torch.optim.AdamW(
@@ -79,12 +78,19 @@ def train_target(config: TrainConfig, text: Text, device, autocast) -> None:
     windows, held_out = text.windows("train", length), text.windows("valid", length)
     per_step = config.windows_per_step
     steps = max(1, config.target_tokens // (per_step * config.context))
-    optimizers = target_optimizers(config, target)
+    optimizer_name = config.optimizer
+    if optimizer_name == "auto":  # Muon computes in bfloat16
+        optimizer_name = "muon" if bfloat16_is_faster(device) else "adamw"
+    optimizers = target_optimizers(config, target, optimizer_name)
     parts = {"target": target} | {f"optimizer_{i}": o for i, o in enumerate(optimizers)}
     wanted = target_settings(config, text)
-    stage = Stage(config.folder, "target", steps, wanted, parts)
+    in_progress = wanted | {"optimizer in use": optimizer_name}
+    stage = Stage(config.folder, "target", steps, in_progress, parts)
     count = sum(p.numel() for p in target.parameters())
-    print(f"target: {count / 1e6:.1f} M parameters, {steps} steps of {per_step} x {config.context}")
+    print(
+        f"target: {count / 1e6:.1f} M parameters, {steps} steps of {per_step} x {config.context} "
+        f"tokens, {optimizer_name}"
+    )
     forward = compiled(target, config)
     byte_counts = text.byte_counts.to(device)
     for step in stage:
@@ -102,13 +108,15 @@ def train_target(config: TrainConfig, text: Text, device, autocast) -> None:
         if is_due(step, steps, LOG_LINES):
             values = {"loss": loss.item()}
             if is_due(step, steps, 5):
-                sample = held_out[:: max(1, len(held_out) // 64)].long().to(device)
+                sample = spread(held_out, 64).long().to(device)
                 values["valid_bits_per_byte"] = bits_per_byte(target, sample, byte_counts, autocast)
             stage.log(per_step * config.context, **values)
     whole = held_out.long().to(device)
     record = {
         "settings": wanted,
-        "data": text.description,
+        "optimizer": optimizer_name,
+        "parameters": count,
+        "data": text.description | {"overlap": text.overlap()},
         "seconds": stage.elapsed(),
         "valid_bits_per_byte": bits_per_byte(target, whole, byte_counts, autocast),
     }
@@ -135,14 +143,9 @@ def compiled(module: nn.Module, config: TrainConfig):
 class Game:
     """The losses of a head on one batch, and the discriminator's side of them."""
 
-    def __init__(self, target: GPT, head, discriminator: Discriminator | None, weight: float):
-        """`discriminator=None` with weight > 0 plays against the closed form D* = p / (p + q)."""
-        self.target, self.head, self.discriminator, self.weight = (
-            target,
-            head,
-            discriminator,
-            weight,
-        )
+    def __init__(self, target: GPT, head, discriminator: Discriminator | None):
+        """`discriminator=None`: where an adversary is called for, the closed form p / (p + q)."""
+        self.target, self.head, self.discriminator = target, head, discriminator
 
     def guess(self, tokens: Tensor, hidden: Tensor):
         """The head's guess, and the target's p (B, T, V)."""
@@ -209,7 +212,7 @@ def train_head(
             discriminator = Discriminator(target.lm_head.weight, positions).to(
                 target.embed.weight.device
             )
-    game = Game(target, head, discriminator, weight)
+    game = Game(target, head, discriminator)
     optimizer = torch.optim.AdamW(
         head.parameters(), lr=config.head_lr, betas=(0.9, 0.95), fused=True
     )
@@ -308,17 +311,14 @@ def train_heads(config: TrainConfig, text: Text, device, autocast) -> None:
             continue
         if train is None:
             rows = text.windows("train", config.context + 1)
-            rows = rows[: max(1, config.head_data_tokens // config.context)]
+            rows = spread(rows, config.head_data_tokens // config.context)
             train = Features(target, rows, config.cache_gb, autocast)
-            rows = text.windows("valid", config.context + 1)
-            rows = rows[:: max(1, len(rows) // 128)]  # spread over all documents
+            rows = spread(text.windows("valid", config.context + 1), VALID_WINDOWS)
             valid = Features(target, rows, config.cache_gb, autocast)
         train_head(config, name, target, target_print, train, valid, autocast)
-    paths = [
-        path for path in sorted(folder.glob("*.pt")) if path.stem.startswith(("medusa", "eagle"))
-    ]
     records = [
-        load_checkpoint(p, "draft head")["training"] for p in paths if ".progress" not in p.name
+        load_checkpoint(folder / f"{name}.pt", "draft head")["training"]
+        for name in trained_heads(folder)
     ]
     (folder / "heads.md").write_text(heads_table(records) + "\n")
     plot_training(folder, [record["name"] for record in records])
@@ -333,9 +333,6 @@ def main() -> None:
     low = config.dtype == "bfloat16" or config.dtype == "auto" and fast
     reason = "bfloat16 is " + ("faster here" if fast else "not faster here")
     print(f"{describe_device(device)}, {'bfloat16 autocast' if low else 'float32'} ({reason})")
-    if config.optimizer == "auto":  # Muon computes in bfloat16
-        config = replace(config, optimizer="muon" if fast else "adamw")
-        print(f"target optimizer: {config.optimizer}")
     keep_freed_memory()
     config.folder.mkdir(parents=True, exist_ok=True)
 

@@ -1,0 +1,493 @@
+"""Speculative decoding must not change what the target writes: not one token, not its law.
+
+That is the whole promise, and it can be broken far from the acceptance rule: a cache rolled back by
+one place too few, a stop token overlooked inside a draft, a head fed with the states of a rejected
+draft. Greedy text is therefore compared token by token (in float64, where rounding cannot flip a
+choice), sampled text by chi-square against the law computed from the target, and scripted models
+force each way a cycle can end. That the head is fed rightly changes no token, only how many are
+accepted, so it is compared with a head that reads the finished text at once.
+"""
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from toys import (
+    BYTES,
+    FALSE_ALARM,
+    Liar,
+    Recorder,
+    ScriptedHead,
+    ScriptedTarget,
+    chi_square_p_value,
+    law_of_text,
+    reference_text,
+    tiny_head,
+    tiny_target,
+)
+
+from cli import UserError
+from show import Printer, harmless, trace_lines
+from speculate import generate
+
+PROMPT_LENGTHS = (1, 2, 7, 22, 23)  # of a context of 24
+GAMMAS = (1, 2, 4, 8)
+KINDS = ("medusa", "eagle")
+
+
+@pytest.fixture(scope="module")
+def target():
+    return tiny_target(seed=2)
+
+
+@pytest.fixture(scope="module")
+def prompts(target):
+    generator = torch.Generator().manual_seed(1)
+    vocab = target.config.vocab_size
+    return [torch.randint(vocab, (n,), generator=generator).tolist() for n in PROMPT_LENGTHS]
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def kind(request):
+    return request.param
+
+
+@pytest.fixture(scope="module", params=[1, 2, 3])
+def layers(request):
+    return request.param
+
+
+@pytest.fixture(scope="module", params=[0, 60], ids=["untrained", "trained"])
+def head(request, kind, layers, target):
+    return tiny_head(kind, layers, target, steps=request.param)
+
+
+# ---------------------------------------------------------------------------- greedy, token by token
+
+
+def test_plain_decoding_is_the_reference_loop(target, prompts):
+    for prompt in prompts:
+        expected = reference_text(target, prompt, target.config.context - len(prompt))
+        assert generate(target, prompt, 100).tokens == expected
+        assert generate(target, prompt, 3).tokens == expected[:3]
+
+
+@pytest.mark.parametrize("gamma", GAMMAS)
+def test_greedy_text_is_the_targets_own(target, head, gamma, prompts):
+    """To the end of the window, which only the last cycles with shorter drafts can reach."""
+    drafted = accepted = 0
+
+    def count(cycle):
+        nonlocal drafted, accepted
+        drafted, accepted = drafted + len(cycle.draft), accepted + cycle.accepted
+
+    for prompt in prompts:
+        expected = generate(target, prompt, 100).tokens
+        result = generate(target, prompt, 100, head=head, gamma=gamma, on_cycle=count)
+        assert result.tokens == expected
+        assert len(prompt) + len(result.tokens) == target.config.context
+        assert sum(result.produced) == len(result.tokens) - 1
+    if head.trained:
+        assert 0 < accepted < drafted  # else the grid would have shown nothing
+
+
+def test_greedy_text_with_stop_tokens_is_the_targets_own(target, head, prompts):
+    """Every token of the text is the stop token once: it is met in every place a cycle has."""
+    places = set()
+
+    def note(cycle):
+        if stop_token in cycle.tokens:
+            places.add("accepted" if cycle.accepted == len(cycle.tokens) else "the target's own")
+
+    for prompt in prompts[:3]:
+        whole = generate(target, prompt, 100).tokens
+        for stop_token in set(whole):
+            expected = whole[: whole.index(stop_token) + 1]
+            assert generate(target, prompt, 100, stop_token=stop_token).tokens == expected
+            result = generate(
+                target, prompt, 100, head=head, gamma=4, stop_token=stop_token, on_cycle=note
+            )
+            assert result.tokens == expected
+            assert sum(result.produced) == len(expected) - 1
+    if head.trained:
+        assert places == {"accepted", "the target's own"}
+
+
+def test_a_limit_cuts_the_same_text(target, head, prompts):
+    whole = generate(target, prompts[1], 100).tokens
+    for limit in range(1, 12):
+        result = generate(target, prompts[1], limit, head=head, gamma=4)
+        assert result.tokens == whole[:limit]
+
+
+def test_float32_and_a_seed_of_no_matter(target, prompts):
+    """Greedy decoding draws numbers too; they must not matter."""
+    head = tiny_head("eagle", 1, target)
+    texts = [generate(target, prompts[1], 20, head=head, seed=seed).tokens for seed in range(5)]
+    assert all(text == texts[0] for text in texts)
+
+
+# ----------------------------------------------------------------------------- what the head is fed
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("gamma", [1, 3, 8])
+def test_a_head_reads_the_text_and_the_states_before_each_token(
+    target, kind, gamma, temperature, prompts
+):
+    """The same tokens and states that a single pass over the finished text would give it."""
+    recorder = Recorder(tiny_head(kind, 2, target, steps=60))
+    for prompt in prompts[:3]:
+        recorder.tokens, recorder.hidden = [], []
+        request = dict(gamma=gamma, temperature=temperature, seed=3)
+        text = prompt + generate(target, prompt, 100, head=recorder, **request).tokens
+        read = len(recorder.tokens)
+        assert read >= len(text) - 2 - gamma
+        assert recorder.tokens == text[1 : read + 1]
+        hidden = target(torch.tensor([text]))[0, :read]
+        torch.testing.assert_close(torch.stack(recorder.hidden), hidden, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("layers", [1, 2, 3])
+@pytest.mark.parametrize("gamma", [2, 4])
+def test_eagles_state_is_that_of_the_certain_text_alone(target, layers, gamma, prompts):
+    """Cycles of drafting and rejecting leave no trace in its cache or its last guess."""
+
+    class Checked(Recorder):
+        checks = partial = 0
+
+        def absorb(self, state, tokens, hidden):
+            self.partial += 1 < tokens.shape[1] <= gamma and state.length > 0
+            super().absorb(state, tokens, hidden)
+            fresh = self.head.start(target.config.context)
+            whole = torch.tensor([self.tokens]), torch.stack(self.hidden)[None]
+            self.head.absorb(fresh, *whole)
+            n = fresh.length
+            assert n == state.length == len(self.tokens)
+            pairs = [(state.feature, fresh.feature)]
+            for name in ("keys", "values"):
+                caches = getattr(state.cache, name), getattr(fresh.cache, name)
+                pairs.append([cache[..., :n, :] for cache in caches])
+            for one, other in pairs:
+                torch.testing.assert_close(one, other, rtol=0, atol=1e-10)
+            self.checks += 1
+
+    checks = partial = 0
+    trained = tiny_head("eagle", layers, target, steps=60)
+    for prompt in prompts[:3]:
+        head = Checked(trained)
+        generate(target, prompt, 100, head=head, gamma=gamma)
+        checks, partial = checks + head.checks, partial + head.partial
+    assert checks > 10 and partial > 0  # some drafts were accepted in part
+
+
+# --------------------------------------------------------------------- scripted: every way to end
+
+SCRIPT = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9, 7, 9, 3]  # the prompt is its first two tokens
+
+
+def scripted(wrong=(), **request):
+    """The generation from SCRIPT[:2] and its cycles; the head errs at the positions `wrong`."""
+    cycles = []
+    request = {"max_new_tokens": 100, "gamma": 4} | request
+    result = generate(
+        ScriptedTarget(SCRIPT),
+        SCRIPT[:2],
+        head=ScriptedHead(SCRIPT, wrong),
+        on_cycle=cycles.append,
+        **request,
+    )
+    return result, cycles
+
+
+@pytest.mark.parametrize("accepted", [0, 1, 2, 3, 4])
+def test_a_mismatch_at_each_place_of_a_draft(accepted):
+    # Position 2 is prefill's; the first cycle drafts positions 3, 4, 5 and 6.
+    result, cycles = scripted(wrong=[3 + accepted])
+    assert result.tokens == SCRIPT[2:]
+    first = cycles[1]
+    assert first.accepted == accepted
+    assert first.tokens == SCRIPT[3 : 3 + accepted + 1]
+
+
+def test_a_perfect_head_writes_gamma_plus_one_tokens_a_cycle():
+    result, _ = scripted(max_new_tokens=11)
+    assert result.tokens == SCRIPT[2:13]
+    assert result.produced == [5, 5]
+    assert result.acceptance_length == 5
+
+
+def test_a_head_always_wrong_writes_one_token_a_cycle():
+    result, _ = scripted(wrong=range(16))
+    assert result.tokens == SCRIPT[2:]
+    assert set(result.produced) == {1}
+    assert result.acceptance_length == 1
+
+
+def test_the_last_token_before_the_limit_is_not_drafted():
+    """13 tokens: one by prefill, five by either of two whole cycles, one is left."""
+    result, cycles = scripted(max_new_tokens=12)
+    assert result.tokens == SCRIPT[2:14]
+    assert [len(cycle.draft) for cycle in cycles] == [0, 4, 4, 0]
+    assert result.produced == [5, 5, 1]
+    assert result.uncut_cycles == 2  # the short one says nothing about the head
+    assert result.acceptance_length == 5
+
+
+def test_one_token_takes_no_cycle():
+    result, cycles = scripted(max_new_tokens=1)
+    assert result.tokens == SCRIPT[2:3]
+    assert len(cycles) == 1 and result.produced == []
+    assert math.isnan(result.acceptance_length) and math.isnan(result.tokens_per_second)
+
+
+def test_a_stop_token_inside_an_accepted_run_ends_the_text_there():
+    result, cycles = scripted(stop_token=5)  # at position 4, the second of the first draft
+    assert result.tokens == SCRIPT[2:5]
+    assert cycles[-1].tokens == SCRIPT[3:5]
+    assert cycles[-1].accepted == 2
+    assert result.uncut_cycles == 0
+
+
+def test_a_stop_token_as_the_last_accepted_one_ends_the_text_there():
+    result, cycles = scripted(stop_token=2)  # at position 6, the last of the first draft
+    assert result.tokens == SCRIPT[2:7]
+    assert cycles[-1].accepted == 4 == len(cycles[-1].tokens)
+
+
+def test_a_stop_token_as_the_targets_own_ends_the_text():
+    result, cycles = scripted(stop_token=6)  # at position 7, after a draft accepted whole
+    assert result.tokens == SCRIPT[2:8]
+    assert cycles[-1].accepted == 4 and len(cycles[-1].tokens) == 5
+    assert result.uncut_cycles == 1
+
+
+def test_a_stop_token_in_place_of_a_rejected_one_ends_the_text():
+    result, _ = scripted(stop_token=5, wrong=[4])
+    assert result.tokens == SCRIPT[2:5]
+    assert result.produced == [2] and result.uncut_cycles == 1
+
+
+def test_a_stop_token_that_is_drafted_and_rejected_ends_nothing():
+    # The wrong guess at position 4 is 6, and the text's own 6 stands at position 7.
+    result, _ = scripted(stop_token=6, wrong=[4])
+    assert result.tokens == SCRIPT[2:8]
+
+
+def test_a_stop_token_by_prefill_ends_the_text_at_once():
+    result, cycles = scripted(stop_token=4)
+    assert result.tokens == [4] and len(cycles) == 1
+
+
+def test_a_stop_token_in_the_prompt_ends_nothing():
+    assert scripted(stop_token=3)[0].tokens == SCRIPT[2:10]
+
+
+# ------------------------------------------------------------------------------------- sampled text
+
+WRITTEN = 4  # tokens per sample: 1 by prefill, then 3 by a cycle that drafts 2, or by several
+CUT = dict(temperature=0.8, top_k=4, top_p=0.9)
+
+
+@pytest.fixture(scope="module")
+def sampled_target():
+    return tiny_target(seed=4, vocab=5, context=8, layers=1, width=8, spread=0.4)
+
+
+@pytest.fixture(scope="module")
+def sampled_head(kind, sampled_target):
+    return tiny_head(kind, 1, sampled_target, num_heads=2)
+
+
+def sampled(target, head, samples: int, **sampling) -> tuple[float, float]:
+    """(p-value of the text against the target's exact law, share of the drafts accepted)."""
+    vocab, drafted, accepted = target.config.vocab_size, 0, 0
+    law = law_of_text(target, [0, 1], WRITTEN, **sampling)
+    counts = torch.zeros(len(law), dtype=torch.long)
+
+    def note(cycle):
+        nonlocal drafted, accepted
+        drafted, accepted = drafted + len(cycle.draft), accepted + cycle.accepted
+
+    for seed in range(samples):
+        result = generate(
+            target, [0, 1], WRITTEN, head=head, gamma=2, seed=seed, on_cycle=note, **sampling
+        )
+        cell = 0
+        for token in result.tokens:
+            cell = cell * vocab + token
+        counts[cell] += 1
+    return chi_square_p_value(counts, law), accepted / max(1, drafted)
+
+
+def test_sampled_text_without_a_head_has_the_targets_law(sampled_target):
+    p_value, _ = sampled(sampled_target, None, 10_000, temperature=1.0)
+    assert p_value > FALSE_ALARM
+
+
+def test_sampled_text_has_the_targets_law(sampled_target, sampled_head):
+    p_value, accepted = sampled(sampled_target, sampled_head, 20_000, temperature=1.0)
+    assert 0.2 < accepted < 0.8
+    assert p_value > FALSE_ALARM
+
+
+def test_sampled_text_has_the_law_that_top_k_and_top_p_leave(sampled_target, sampled_head):
+    p_value, accepted = sampled(sampled_target, sampled_head, 3000, **CUT)
+    assert 0.2 < accepted < 0.8
+    assert p_value > FALSE_ALARM
+
+
+def test_a_head_that_misreports_its_q_is_seen(sampled_target, sampled_head):
+    p_value, _ = sampled(sampled_target, Liar(sampled_head), 3000, temperature=1.0)
+    assert p_value < FALSE_ALARM
+
+
+def test_the_seed_decides_the_text(target, prompts):
+    head = tiny_head("eagle", 1, target)
+
+    def text(seed):
+        return generate(target, prompts[0], 100, head=head, temperature=1.0, seed=seed).tokens
+
+    assert text(5) == text(5)
+    assert text(5) != text(6)
+    assert text(None) != text(None)  # 23 tokens alike by chance: never
+
+
+def test_sampling_leaves_torchs_own_generator_alone(target, prompts):
+    before = torch.get_rng_state()
+    generate(target, prompts[0], 5, temperature=1.0, seed=1)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+# ------------------------------------------------------------------------------ what it reports
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_cycles_tell_what_was_written(target, kind, temperature, prompts):
+    cycles = []
+    head = tiny_head(kind, 1, target, steps=60)
+    request = dict(gamma=3, temperature=temperature, seed=0, on_cycle=cycles.append)
+    result = generate(target, prompts[1], 100, head=head, **request)
+    assert [t for cycle in cycles for t in cycle.tokens] == result.tokens
+    assert [len(cycle.tokens) for cycle in cycles[1:]] == result.produced
+    for cycle in cycles:
+        gamma, vocab = len(cycle.draft), target.config.vocab_size
+        assert cycle.p.shape == (gamma + 1, vocab) and cycle.q.shape == (gamma, vocab)
+        assert cycle.u.shape == (gamma + 1,)
+        assert len(cycle.tokens) == cycle.accepted + 1
+        assert cycle.tokens[:-1] == cycle.draft[: cycle.accepted].tolist()
+        assert all(cycle.q[i, token] > 0 for i, token in enumerate(cycle.draft.tolist()))
+        assert all(cycle.p[i, token] > 0 for i, token in enumerate(cycle.tokens))
+
+
+def test_times_add_up(target, prompts):
+    result = generate(target, prompts[1], 100, head=tiny_head("eagle", 1, target))
+    parts = result.draft_seconds, result.verify_seconds, result.other_seconds
+    assert result.prefill_seconds > 0 and min(parts) > 0
+    assert sum(parts) == pytest.approx(result.seconds)
+    assert result.tokens_per_second == pytest.approx((len(result.tokens) - 1) / result.seconds)
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        dict(prompt_tokens=[]),
+        dict(prompt_tokens=[1] * 24),
+        dict(prompt_tokens=[1] * 25),
+        dict(prompt_tokens=[0, 13]),
+        dict(prompt_tokens=[0, -1]),
+        dict(max_new_tokens=0),
+        dict(max_new_tokens=-1),
+        dict(gamma=0),
+        dict(gamma=9),  # Medusa has 8 heads here
+        dict(temperature=math.nan),
+        dict(temperature=math.inf),
+        dict(temperature=-1.0),
+        dict(top_k=-1),
+        dict(top_p=0.0),
+        dict(top_p=1.5),
+        dict(top_p=math.nan),
+    ],
+    ids=str,
+)
+def test_an_impossible_request_is_refused_in_one_line(target, request_):
+    head = tiny_head("medusa", 1, target)
+    fine = dict(prompt_tokens=[1, 2], max_new_tokens=3, head=head, gamma=4)
+    generate(target, **fine)
+    with pytest.raises(UserError) as caught:
+        generate(target, **(fine | request_))
+    assert str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_eagle_may_draft_beyond_the_window(target, prompts):
+    head = tiny_head("eagle", 1, target)
+    result = generate(target, prompts[1], 100, head=head, gamma=1000)
+    assert result.tokens == generate(target, prompts[1], 100).tokens
+
+
+# --------------------------------------------------------------------------------- how it is shown
+
+
+def test_harmless_text_cannot_command_a_terminal():
+    shown = harmless("a\x1b[2J\r\x07\x9b\u202e\ufeff\x00b\n\tß 漢")
+    assert shown == "a\\x1b[2J\\r\\x07\\x9b\\u202e\\ufeff\\x00b\n\tß 漢"
+
+
+def test_the_printer_shows_characters_only_once_they_are_whole(capsys):
+    text = "naïve – 漢字 🐨."
+    printer = Printer(BYTES)
+    for n, byte in enumerate(text.encode(), 1):
+        printer.show(byte, accepted=n % 2 == 0)
+        written = capsys.readouterr().out
+        assert "\ufffd" not in written and written in text
+        seen = written if n == 1 else seen + written
+    assert seen == text
+    printer.finish()
+    assert capsys.readouterr().out == "\n"
+
+
+def test_the_printer_ends_in_the_middle_of_a_character(capsys):
+    printer = Printer(BYTES)
+    for byte in "🐨".encode()[:2]:
+        printer.show(byte, accepted=False)
+    printer.finish()
+    assert capsys.readouterr().out == "\ufffd\n"
+
+
+def spelt(words) -> SimpleNamespace:
+    """An encoding whose token i is words[i]."""
+    return SimpleNamespace(decode_bytes=lambda tokens: b"".join(words[t] for t in tokens))
+
+
+LETTERS = spelt([bytes([ord("a") + i]) for i in range(10)])
+
+
+def test_the_trace_gives_each_verdict():
+    _, cycles = scripted(wrong=[5])
+    assert trace_lines(cycles[0], LETTERS) == ["  + 'e' from p"]
+    *drafted, last = trace_lines(cycles[1], LETTERS)
+    assert [line.split()[-1] for line in drafted] == ["accept", "accept", "REJECT", "followed"]
+    assert last == "  + 'j' from the residual max(0, p - q)"
+    assert trace_lines(cycles[2], LETTERS)[-1].endswith("from p: all accepted")
+
+
+def test_the_trace_of_a_cycle_that_a_stop_token_ends():
+    """What was drafted after the stop token was accepted: it must not be shown as rejected."""
+    _, cycles = scripted(stop_token=5)
+    *drafted, last = trace_lines(cycles[-1], LETTERS)
+    assert [line.split()[-1] for line in drafted[:2]] == ["accept", "accept"]
+    assert not any("REJECT" in line for line in drafted)
+    assert last == "  + 'f' ends the text"
+
+
+@pytest.mark.parametrize(
+    "word",
+    [b"x" * 200, "漢".encode() * 9, b"\n" + b" " * 40, b"\n" * 20, b"\xff" * 30, b"\x1b" * 20],
+    ids=["long", "wide", "indent", "newlines", "bytes", "escapes"],
+)
+def test_a_trace_line_has_at_most_100_columns_and_no_control_characters(word):
+    for cycle in scripted(wrong=[4, 5, 9])[1]:
+        for line in trace_lines(cycle, spelt([word] * 10)):
+            assert line.isprintable()
+            assert len(line) <= 100

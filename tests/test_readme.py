@@ -1,0 +1,79 @@
+"""README is read first and trusted most: what it shows has to be what the code and results say."""
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from bench import BenchConfig, evaluate, is_loop
+from report import README, RESULTS, readme_tables
+
+ROOT = README.parent
+
+
+def test_readme_tables_are_those_of_the_committed_results():
+    text = README.read_text()
+    assert text.count("<!-- results/") >= 1
+    assert readme_tables(text) == text, "run python bench.py --readme"
+
+
+def test_every_glossary_name_exists_in_its_file():
+    glossary = README.read_text().split("## Glossary")[1].split("\n## ")[0]
+    rows = [line.split("|")[1:-1] for line in glossary.splitlines() if line.startswith("| ")][1:]
+    assert len(rows) > 10
+    for _, _, names, _, file in rows:
+        source = (ROOT / file.strip()).read_text()
+        for name in re.findall(r"`(\w+)`", names):
+            assert re.search(rf"\b{name}\b", source), f"{name} is not in {file}"
+
+
+def test_every_link_of_readme_leads_somewhere():
+    for link in re.findall(r"\]\(([^)]+)\)", README.read_text()):
+        assert link.startswith("https://arxiv.org/") or (ROOT / link).exists(), link
+
+
+def test_every_flag_in_readme_exists():
+    sources = "".join(Path(ROOT / f).read_text() for f in ("recipe.py", "speculate.py", "bench.py"))
+    for flag in set(re.findall(r"python \w+\.py[^`\n]*", README.read_text())):
+        for name in re.findall(r"--(\w+)", flag):
+            assert name == "help" or re.search(rf"^    {name}: ", sources, re.M), name
+
+
+def test_results_hold_every_sample_behind_their_figures():
+    """The figures of each committed result are those that its own samples give."""
+    for path in sorted(RESULTS.glob("*.json")):
+        result = json.loads(path.read_text())
+        config = BenchConfig(**result["config"])
+        again = evaluate(config, result["samples"], result["seconds"], result["isolated_seconds"])
+        assert again == result["figures"], path.name
+
+
+def sample(produced: list[int], uncut: int, loop: bool = False) -> dict:
+    tokens = list(range(sum(produced) + 1))
+    entry = {"tokens": tokens, "produced": produced, "uncut_cycles": uncut}
+    plain = {"tokens": tokens, "produced": [1] * (len(tokens) - 1), "uncut_cycles": len(tokens) - 1}
+    return {"task": "code", "loop": loop, "methods": {"autoregressive": plain, "eagle": entry}}
+
+
+def test_tau_is_tokens_over_uncut_cycles_summed_over_loop_free_prompts():
+    samples = [sample([5, 1, 3], 2), sample([2, 2, 2, 2], 4), sample([5, 5, 5], 3, loop=True)]
+    seconds = {"autoregressive": [[9.0, 8.0, 15.0]], "eagle": [[3.0, 4.0, 3.0]]}
+    costs = {"step": 1.0, "verify": 1.5, "eagle": 0.5}
+    figures = evaluate(BenchConfig(runs=1), samples, seconds, costs)
+    head = figures["heads"]["eagle"]
+    assert head["tau"] == pytest.approx((5 + 1 + 2 + 2 + 2 + 2) / 6)
+    assert head["tau_with_loops"] == pytest.approx((14 + 15) / 9)
+    assert head["accepted_histogram"] == [1, 4, 0, 0, 1]
+    assert head["conditional_acceptance"] == pytest.approx([5 / 6, 1 / 5, 1, 1])
+    assert head["speedup"] == pytest.approx((17 / 7) / (17 / 17))
+    assert head["predicted_speedup"] == pytest.approx(head["tau"] / 2)
+    low, high = head["tau_interval"]
+    assert low <= head["tau"] <= high
+    assert figures["loop_free"] == 2
+
+
+def test_a_text_that_repeats_itself_is_a_loop():
+    assert is_loop([1, 2, 3] * 20)
+    assert not is_loop(list(np.random.default_rng(0).integers(0, 50, 128)))

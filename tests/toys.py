@@ -1,0 +1,256 @@
+"""Small stand-ins whose behaviour is known exactly: laws in tables, tiny models, scripted ones.
+
+In float64 a batched pass and a token-by-token one differ by 1e-15 at most, so that a difference in
+the tokens of two decoders is a fault of the decoder, and never of rounding.
+"""
+
+import itertools
+from types import SimpleNamespace
+
+import torch
+import torch.nn.functional as F
+
+from draft_head import HeadConfig, build_head
+from model import GPT, GPTConfig
+from speculate import acceptance_probability, distribution, residual
+
+# A correct program fails a chi-square test at this level once in a billion runs.
+FALSE_ALARM = 1e-9
+
+
+# ------------------------------------------------------------------------------------ statistics
+
+
+def chi_square_p_value(counts, law) -> float:
+    """How likely counts at least this far from `law` are, were they drawn from it (1-D, both).
+
+    Cells expected less than 5 times, and the smallest of the others, are taken together. A single
+    outcome that the law gives probability 0 is an outright refutation.
+    """
+    law = law.double() / law.double().sum()
+    expected = law * counts.sum()
+    if counts[law == 0].any():
+        return 0.0
+    if (law == 1).any():
+        return 1.0
+    order = expected.argsort()
+    pooled = order[: int((expected < 5).sum()) + 1]
+    single = order[len(pooled) :]
+    observed = torch.cat([counts[single].double(), counts[pooled].sum()[None].double()])
+    expected = torch.cat([expected[single], expected[pooled].sum()[None]])
+    statistic = ((observed - expected) ** 2 / expected).sum()
+    freedom = torch.tensor((len(expected) - 1) / 2, dtype=torch.float64)
+    return torch.special.gammaincc(freedom, statistic / 2).item()
+
+
+# -------------------------------------------------------------------------------- laws as tables
+
+
+def random_tables(seed: int, depth: int, vocab: int = 4, **sampling) -> list[torch.Tensor]:
+    """Conditional laws: the i-th table, (vocab,) * (i + 1), is that of token i after i others."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = ([vocab] * (i + 1) for i in range(depth))
+    return [distribution(1.5 * torch.randn(s, generator=generator), **sampling) for s in shapes]
+
+
+def rest_of(tables, begun: tuple = ()) -> torch.Tensor:
+    """The joint law of the tokens still missing after `begun`: (vocab,) * how many are missing."""
+    law = torch.ones((), dtype=torch.float64)
+    for i in range(len(begun), len(tables)):
+        law = law[..., None] * tables[i][begun].double()
+    return law
+
+
+def verdicts(p, q, accept=acceptance_probability, rest=residual, q_in_rule=None):
+    """All a cycle can come to: (draft, how many accepted, probability of each next token).
+
+    p: gamma + 1 tables, q: gamma. The probability is joint: that of draft, verdict and next token.
+    The last three parameters stand in for parts of the rule, to see it fail.
+    """
+    gamma, vocab = len(q), p[0].shape[-1]
+    q_in_rule = q_in_rule or q
+    for draft in itertools.product(range(vocab), repeat=gamma):
+        reach = 1.0  # the draft is drawn, and all before position i were accepted
+        for i in range(gamma):
+            reach *= q[i][draft[:i]][draft[i]].double()
+        if reach == 0:
+            continue
+        for i in range(gamma):
+            p_row, q_row = (table[i][draft[:i]].double() for table in (p, q_in_rule))
+            accepted = accept(p_row[draft[i]], q_row[draft[i]])
+            yield draft, i, reach * (1 - accepted) * rest(p_row, q_row)
+            reach = reach * accepted
+        yield draft, gamma, reach * p[gamma][draft].double()
+
+
+# ----------------------------------------------------------------------------------- tiny models
+
+
+def tiny_target(seed=0, vocab=13, context=24, layers=2, width=16, spread=0.5) -> GPT:
+    """A random GPT in float64, its weights so large that the text does not just repeat itself."""
+    torch.manual_seed(seed)
+    config = GPTConfig(vocab, context, layers, width, 2, 1, 2 * width, tied=False)
+    target = GPT(config)
+    for weight in target.parameters():
+        if weight.dim() == 2:
+            torch.nn.init.normal_(weight, std=spread)
+    return target.double().eval().requires_grad_(False)
+
+
+def own_text(target: GPT, rows: int, length: int) -> torch.Tensor:
+    """(rows, length) tokens written by the target, nearly greedily: what heads learn from."""
+    tokens = torch.randint(target.config.vocab_size, (rows, 1))
+    while tokens.shape[1] < length:
+        p = distribution(target.lm_head(target(tokens)[:, -1]), temperature=0.3)
+        tokens = torch.cat([tokens, p.multinomial(1)], 1)
+    return tokens
+
+
+def tiny_head(kind: str, layers: int, target: GPT, steps: int = 0, num_heads: int = 8):
+    """A head with no weight left at zero, untrained or after some quick supervised steps."""
+    torch.manual_seed(layers)
+    head = build_head(HeadConfig(kind, layers, num_heads), target).double()
+    for weight in head.parameters():
+        if not weight.any():
+            torch.nn.init.normal_(weight, std=0.1)
+    if steps:
+        optimizer = torch.optim.Adam(head.parameters(), lr=1e-2)
+        text = own_text(target, 64, target.config.context + 1)
+        hidden = target(text[:, :-1])
+        p = target.lm_head(hidden).softmax(-1)
+        head.prepare(text, hidden)
+        for _ in range(steps):
+            optimizer.zero_grad()
+            head.supervised_loss(head(text, hidden), text, hidden, p).backward()
+            optimizer.step()
+    head.trained = steps > 0
+    return head.eval().requires_grad_(False)
+
+
+def reference_text(target: GPT, prompt: list[int], count: int) -> list[int]:
+    """Greedy decoding as one would write it down: no cache, no draft, the whole text each time."""
+    text = list(prompt)
+    for _ in range(count):
+        text.append(target.lm_head(target(torch.tensor([text]))[0, -1]).argmax().item())
+    return text[len(prompt) :]
+
+
+def law_of_text(target: GPT, prompt: list[int], count: int, **sampling) -> torch.Tensor:
+    """The exact law of the next `count` tokens, (vocab ** count,), by reading every text."""
+    vocab = target.config.vocab_size
+    texts = torch.tensor(list(itertools.product(range(vocab), repeat=count)))
+    read = torch.cat([torch.tensor(prompt).expand(len(texts), -1), texts[:, :-1]], 1)
+    p = distribution(target.lm_head(target(read)[:, -count:]), **sampling).double()
+    return p.gather(-1, texts[..., None])[..., 0].prod(-1)
+
+
+# --------------------------------------------------------------------------------- scripted models
+
+
+class ScriptedCache:
+    """It holds the tokens themselves: what is left of a rejected draft would be seen at once."""
+
+    def __init__(self):
+        self.tokens = []
+
+    @property
+    def length(self) -> int:
+        return len(self.tokens)
+
+    def rollback(self, length: int) -> None:
+        assert 0 <= length <= self.length
+        del self.tokens[length:]
+
+
+class ScriptedTarget:
+    """Its first choice after the text so far is the script's next token, if that text is the script.
+
+    After any other text it is token 0, so that text once wrong stays wrong. A hidden state is the
+    one-hot of the token that follows.
+    """
+
+    def __init__(self, script: list[int], vocab: int = 10):
+        self.script = script
+        self.config = SimpleNamespace(vocab_size=vocab, context=len(script))
+        self.embed = SimpleNamespace(weight=torch.zeros(1))
+        self.vocab = vocab
+
+    def new_cache(self) -> ScriptedCache:
+        return ScriptedCache()
+
+    def lm_head(self, hidden):
+        return 10 * hidden
+
+    def __call__(self, tokens, cache):
+        following = []
+        for token in tokens[0].tolist():
+            cache.tokens.append(token)
+            good = cache.length < len(self.script) and cache.tokens == self.script[: cache.length]
+            following.append(self.script[cache.length] if good else 0)
+        return F.one_hot(torch.tensor(following), self.vocab).double()[None]
+
+
+class ScriptedHead:
+    """Drafts `script[t]` for position t of the text, except where `wrong` says otherwise."""
+
+    max_draft = None
+
+    def __init__(self, script: list[int], wrong=(), vocab: int = 10):
+        self.guesses = [
+            (token + 1) % vocab if t in wrong else token for t, token in enumerate(script)
+        ]
+        self.vocab = vocab
+
+    def start(self, max_length: int):
+        return SimpleNamespace(read=1)  # the text's first token has no state before it
+
+    def absorb(self, state, tokens, hidden) -> None:
+        assert tokens.shape == hidden.shape[:2]
+        state.read += tokens.shape[1]
+
+    def draft(self, state, n: int, choose):
+        guesses = torch.tensor(self.guesses[state.read : state.read + n])
+        chosen = [choose(row[None]) for row in 10 * F.one_hot(guesses, self.vocab).double()]
+        return tuple(torch.stack(part, 1) for part in zip(*chosen))
+
+
+class Wrapped:
+    """A head that behaves as the one inside; what a test wants to change, it overrides."""
+
+    def __init__(self, head):
+        self.head = head
+        self.max_draft = head.max_draft
+
+    def start(self, max_length: int):
+        return self.head.start(max_length)
+
+    def absorb(self, state, tokens, hidden) -> None:
+        self.head.absorb(state, tokens, hidden)
+
+    def draft(self, state, n: int, choose):
+        return self.head.draft(state, n, choose)
+
+
+class Liar(Wrapped):
+    """It drafts from q, and reports the q of another temperature: decoding is no longer exact."""
+
+    def draft(self, state, n: int, choose):
+        tokens, q = self.head.draft(state, n, choose)
+        return tokens, q.sqrt() / q.sqrt().sum(-1, keepdim=True)
+
+
+class Recorder(Wrapped):
+    """It keeps what was absorbed, and after how much text each draft was made."""
+
+    def __init__(self, head):
+        super().__init__(head)
+        self.tokens, self.hidden = [], []
+
+    def absorb(self, state, tokens, hidden) -> None:
+        self.tokens += tokens[0].tolist()
+        self.hidden += hidden[0].unbind()
+        self.state = state
+        super().absorb(state, tokens, hidden)
+
+
+BYTES = SimpleNamespace(decode_bytes=lambda tokens: bytes(tokens))  # an encoding: a token, a byte
