@@ -188,8 +188,9 @@ def measure(config: BenchConfig, target, heads: dict, prompts: list) -> tuple[li
             rows.append([])
         warm_up = prompts[:WARM_UP] if number == 0 else []
         for index, (_, prompt) in enumerate(warm_up + prompts, start=-len(warm_up)):
+            seed = config.seed + max(index, 0)
             for name, head in methods.items():
-                out = generate(target, prompt, head=head, seed=config.seed + index, **request)
+                out = generate(target, prompt, head=head, seed=seed, **request)
                 if index < 0:
                     continue
                 seconds[name][-1].append(out.seconds)

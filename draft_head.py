@@ -181,6 +181,7 @@ class Eagle(nn.Module):
         rotary = self.rotary(start, tokens.shape[1])
         embedded = F.embedding(tokens, self.target.embed.weight.detach())
         u = self.combine(torch.cat([embedded, hidden], dim=-1))  # (B, T, 2D) -> (B, T, D)
+        u = u.to(hidden.dtype)  # under autocast the residual stream stays in float32
         for layer, block in enumerate(self.blocks):
             u = block(u, rotary, cache, layer)
         if cache is not None:

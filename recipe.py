@@ -83,7 +83,7 @@ class TrainConfig:
     )
     head_data_tokens: int = option(2_000_000, "tokens whose hidden states the heads learn from")
     head_tokens: int = option(5_000_000, "tokens each head trains on, repeats included")
-    head_lr: float = option(1e-3, "peak learning rate of a head")
+    head_lr: float = option(2e-3, "peak learning rate of a head")
     supervised_share: float = option(0.6, "of the head's steps before the discriminator joins")
     discriminator_steps: int = option(300, "of D alone before it joins")
     discriminator_lr: float = option(2e-3, "of D, constant")
@@ -118,6 +118,8 @@ class TrainConfig:
             raise UserError("--vocab_size must be at least 257: every byte, and the end of text")
         if not 0 <= self.supervised_share <= 1:
             raise UserError("--supervised_share must lie between 0 and 1")
+        if not 0 <= self.seed < 2**31:
+            raise UserError(f"--seed is {self.seed}, it must lie between 0 and 2^31 - 1")
         if self.context < 2 * DRAFT_POSITIONS:
             raise UserError(f"--context must be at least {2 * DRAFT_POSITIONS}")
 

@@ -35,21 +35,23 @@ def trace_lines(cycle, encoding) -> list[str]:
 
     def quoted(token: int) -> str:
         text = encoding.decode_bytes([token]).decode("utf-8", "backslashreplace")
-        return repr(text if len(text) <= 20 else text[:17] + "...")
+        shown = repr(text)
+        return shown if len(shown) <= 24 else shown[:20] + "..." + shown[-1]
 
     lines, own = [], quoted(cycle.tokens[-1])
+    ended = cycle.accepted == len(cycle.tokens)  # by a stop token inside the draft
     for i, token in enumerate(cycle.draft.tolist()):
         p_x, q_x, u = cycle.p[i, token].item(), cycle.q[i, token].item(), cycle.u[i].item()
-        verdict = "accept" if i < cycle.accepted else "REJECT" if i == cycle.accepted else "drop"
-        if verdict == "drop":
-            lines.append(f"  {quoted(token):24} dropped with what it followed")
+        if i > cycle.accepted or i == cycle.accepted and ended:
+            lines.append(f"  {quoted(token):24} dropped: it came after the last token in use")
             continue
+        verdict = "accept" if i < cycle.accepted else "REJECT"
         reason = f"u {u:.3f} {'<' if verdict == 'accept' else '>='} min(1, p/q)"
         lines.append(f"  {quoted(token):24} p {p_x:.3f}  q {q_x:.3f}  {reason:24} {verdict}")
-    if cycle.accepted == len(cycle.tokens):
+    if ended:
         why = f"{own} ends the text"
     elif cycle.accepted == len(cycle.draft):
-        why = f"{own} from p" + (": all accepted" if lines else "")
+        why = f"{own} from p: " + ("all were accepted" if lines else "nothing was drafted")
     else:
         why = f"{own} from the residual max(0, p - q)"
     return [*lines, f"  + {why}"]

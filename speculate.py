@@ -48,6 +48,9 @@ from show import Printer, compare, trace_lines
 # ---------------------------------------------------------------------------- distributions
 
 
+SMALLEST = 1e-30  # a temperature or top_p that float32 still tells from 0
+
+
 def argmax(logits: Tensor) -> Tensor:
     """The first choice (...): one function for all, so that exact ties break alike everywhere."""
     return logits.argmax(dim=-1)
@@ -64,14 +67,16 @@ def distribution(logits: Tensor, temperature=0.0, top_k=None, top_p=None) -> Ten
         one_hot = torch.zeros(logits.shape, device=logits.device)
         return one_hot.scatter_(-1, argmax(logits)[..., None], 1.0)
     logits = logits.float()
-    logits = (logits - logits.amax(-1, keepdim=True)) / temperature  # the top is 0: no overflow
+    # The top becomes 0, so that nothing overflows; below SMALLEST, float32 would make it 0 / 0.
+    logits = (logits - logits.amax(-1, keepdim=True)) / max(temperature, SMALLEST)
     if top_k is not None and 0 < top_k < logits.shape[-1]:
         last_kept = logits.topk(top_k).values[..., -1:]
         logits = logits.masked_fill(logits < last_kept, -math.inf)
     p = logits.softmax(-1)
     if top_p is not None and top_p < 1:
         ordered, order = p.sort(dim=-1, descending=True, stable=True)
-        ordered = ordered.masked_fill(ordered.cumsum(-1) - ordered >= top_p, 0.0)
+        before = ordered.cumsum(-1) - ordered
+        ordered = ordered.masked_fill(before >= max(top_p, SMALLEST), 0.0)
         p = torch.zeros_like(p).scatter_(-1, order, ordered)
         p = p / p.sum(-1, keepdim=True)
     return p
@@ -159,7 +164,7 @@ class Generation:
 
 
 def check_request(
-    target: GPT, prompt: list[int], max_new_tokens, head, gamma, temperature, top_k, top_p
+    target: GPT, prompt: list[int], max_new_tokens, head, gamma, temperature, top_k, top_p, seed
 ):
     """Raise UserError for what cannot be decoded."""
     vocab_size, context = target.config.vocab_size, target.config.context
@@ -183,6 +188,8 @@ def check_request(
         raise UserError(f"top_k is {top_k}, it must be 0 (no limit) or more")
     if top_p is not None and not 0 < top_p <= 1:
         raise UserError(f"top_p is {top_p}, it must be above 0 and at most 1")
+    if seed is not None and not 0 <= seed < 2**63:
+        raise UserError(f"seed is {seed}, it must lie between 0 and 2^63 - 1")
 
 
 @torch.inference_mode()
@@ -204,7 +211,9 @@ def generate(
     `head=None` is plain autoregressive decoding: the same loop with nothing drafted. `on_cycle` is
     called with a `Cycle` after each. Raises UserError for a request that cannot be met.
     """
-    check_request(target, prompt_tokens, max_new_tokens, head, gamma, temperature, top_k, top_p)
+    check_request(
+        target, prompt_tokens, max_new_tokens, head, gamma, temperature, top_k, top_p, seed
+    )
     device = target.embed.weight.device
     limit = min(max_new_tokens, target.config.context - len(prompt_tokens))
     generator = torch.Generator(device)

@@ -178,7 +178,7 @@ def test_temperature_divides_the_logits():
     torch.testing.assert_close(distribution(logits, 0.7), (logits / 0.7).softmax(-1))
 
 
-@pytest.mark.parametrize("temperature", [1e-3, 1e-20, 1e-40])
+@pytest.mark.parametrize("temperature", [1e-3, 1e-20, 1e-40, 5e-324])
 def test_a_tiny_temperature_is_nearly_greedy(temperature):
     logits = 1000 * random_logits(20, 50)
     p = distribution(logits, temperature)
@@ -201,7 +201,7 @@ def test_top_k_without_effect(k):
     assert torch.equal(distribution(logits, 1.0, top_k=k), distribution(logits, 1.0))
 
 
-@pytest.mark.parametrize("top_p", [1e-6, 0.3, 0.9, 0.999])
+@pytest.mark.parametrize("top_p", [1e-50, 1e-6, 0.3, 0.9, 0.999])
 def test_top_p_keeps_the_smallest_set_that_reaches_it(top_p):
     logits = random_logits(20, 50)
     whole = distribution(logits, 1.0)

@@ -1,0 +1,227 @@
+"""Whole training runs: what they leave behind, and that an interrupt changes nothing.
+
+A run that goes on after an interrupt has to be the run that was not interrupted, and a run that is
+repeated with other settings must not pass for the old one: else no comparison of heads means
+anything. All runs here are tiny, but train.py itself trains them.
+"""
+
+import csv
+import os
+import signal
+from contextlib import nullcontext
+
+import pytest
+import torch
+
+import train
+from cli import UserError
+from draft_head import load_head, trained_heads
+from features import Features, Text, measure_acceptance, spread
+from model import load_checkpoint, load_target
+from recipe import HEADS
+from stage import Stage, check_same, schedule
+
+# ---------------------------------------------------------------------------- stage, resuming
+
+
+def count_up(stage: Stage, counter: torch.nn.Module, at: int | None = None, number=None) -> None:
+    """Add 1 in each step, and in step `at` be sent the signal of this number."""
+    for step in stage:
+        if step == at:
+            os.kill(os.getpid(), number)
+        with torch.no_grad():
+            counter.weight += 1  # the interrupted step is still taken, once
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_falls_between_two_steps_and_costs_none(tmp_path, number):
+    handler = signal.getsignal(number)
+    counter = torch.nn.Embedding(1, 1, _weight=torch.zeros(1, 1))
+    with pytest.raises(KeyboardInterrupt, match="stands at step 3 of 5"):
+        count_up(Stage(tmp_path, "c", 5, {"a": 1}, {"counter": counter}), counter, 2, number)
+    assert counter.weight.item() == 3 and signal.getsignal(number) is handler
+    counter = torch.nn.Embedding(1, 1, _weight=torch.zeros(1, 1))
+    stage = Stage(tmp_path, "c", 5, {"a": 1}, {"counter": counter})
+    assert stage.step == 3 and counter.weight.item() == 3
+    count_up(stage, counter)
+    assert counter.weight.item() == 5
+    stage.finish()
+    assert not list(tmp_path.glob("*.pt"))
+
+
+def test_progress_made_with_other_settings_is_refused(tmp_path):
+    Stage(tmp_path, "c", 5, {"lr": 1}, {}).save()
+    with pytest.raises(UserError, match="lr 1, now it is 2"):
+        Stage(tmp_path, "c", 5, {"lr": 2}, {})
+
+
+def test_the_best_weights_are_kept_as_they_were(tmp_path):
+    counter = torch.nn.Embedding(1, 1, _weight=torch.zeros(1, 1))
+    stage = Stage(tmp_path, "c", 5, {}, {})
+    for score in (1.0, 3.0, 2.0, 3.0):
+        with torch.no_grad():
+            counter.weight += 1
+        stage.keep_if_best(score, counter)
+    assert stage.best["weight"].item() == 2 and stage.score == 3.0
+
+
+# ----------------------------------------------------------------------------- the tiny run
+
+
+def weights_of(path) -> dict[str, torch.Tensor]:
+    return torch.load(path, weights_only=True)["weights"]
+
+
+def assert_same_weights(one, other) -> None:
+    one, other = weights_of(one), weights_of(other)
+    assert one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
+
+
+def log_of(path) -> list[dict[str, str]]:
+    """The rows of a log, without the only column that differs from run to run."""
+    with open(path, newline="") as file:
+        return [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(file)]
+
+
+def test_a_run_leaves_target_heads_logs_and_nothing_half_done(tiny_run):
+    names = {path.name for path in tiny_run.folder.iterdir()}
+    expected = {f"{name}.{end}" for name in ["target", *HEADS] for end in ("pt", "csv")}
+    assert names == expected | {"heads.md", "training.png"}
+    for name in HEADS:
+        record = load_checkpoint(tiny_run.folder / f"{name}.pt", "draft head")["training"]
+        assert record["name"] == name and record["seconds"] > 0
+        assert f"| {name} |" in (tiny_run.folder / "heads.md").read_text()
+
+
+def test_any_ending_of_a_heads_name_is_found_and_no_progress_is(tmp_path):
+    for name in ("eagle-0.5.pt", "medusa.pt", "medusa.progress.pt", "target.pt", "eagle.csv"):
+        (tmp_path / name).touch()
+    assert trained_heads(tmp_path) == ["eagle-0.5", "medusa"]
+
+
+def test_training_heads_leaves_the_target_as_it_was(tiny_run):
+    assert (tiny_run.folder / "target.pt").read_bytes() == tiny_run.target_before_heads
+
+
+def test_training_teaches_something(tiny_run):
+    target = load_checkpoint(tiny_run.folder / "target.pt", "target")["training"]
+    assert target["valid_bits_per_byte"] < 4  # 8 is a coin toss for every bit
+    losses = [float(row["loss_sup"]) for row in log_of(tiny_run.folder / "medusa.csv")]
+    assert losses[-1] < 0.9 * losses[0]
+
+
+def test_the_head_kept_is_the_one_that_drafted_best_on_validation_text(tiny_run):
+    folder, later = tiny_run.folder, 0
+    target, checkpoint = load_target(folder / "target.pt")
+    text = Text([str(tiny_run.data)], (), ("valid",))
+    text.use(checkpoint["tokenizer"])
+    rows = spread(text.windows("valid", target.config.context + 1), train.VALID_WINDOWS)
+    valid = Features(target, rows, 1.0, nullcontext)
+    for name in HEADS:
+        head = load_head(folder / f"{name}.pt", target)
+        measured = measure_acceptance(target, head, valid, count=64)["tau_estimate"]
+        rows = [row["tau_estimate"] for row in log_of(folder / f"{name}.csv")]
+        scores = [float(value) for value in rows if value]
+        assert measured == pytest.approx(max(scores), abs=1e-5)
+        later += scores[-1] < max(scores)
+    assert later > 0, "in this run the last was always the best: the test says nothing"
+
+
+def test_only_the_joint_part_is_adversarial(tiny_run):
+    for name in HEADS:
+        rows = log_of(tiny_run.folder / f"{name}.csv")
+        steps = int(rows[-1]["step"])
+        played = [int(row["step"]) for row in rows if row.get("loss_adv")]
+        expected = [int(r["step"]) for r in rows if int(r["step"]) > int(0.6 * steps)]
+        assert played == (expected if name.endswith("-koala") else [])
+
+
+@pytest.mark.parametrize(
+    "interrupted, at", [("target", 4), ("eagle-koala", 5), ("eagle-koala", 25)]
+)
+def test_an_interrupted_run_ends_as_the_undisturbed_one(
+    tiny_run, tmp_path, call, monkeypatch, interrupted, at
+):
+    """Step 5 is supervised, step 25 of 31 is joint: the discriminator's state counts there."""
+    name = "eagle-koala"
+    argv = [*tiny_run.flags, "--out_dir", tmp_path, "--head", name]
+    if interrupted != "target":
+        (tmp_path / "target.pt").write_bytes(tiny_run.target_before_heads)
+
+    def schedule_with_interrupt(step: int, steps: int) -> float:
+        if step == at:
+            os.kill(os.getpid(), signal.SIGINT)
+        return schedule(step, steps)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "schedule", schedule_with_interrupt)
+        status, _, err = call(train.main, *argv)
+    assert status == 130 and f"{interrupted} stands at step {at + 1} of" in err
+    assert (tmp_path / f"{interrupted}.progress.pt").is_file()
+    assert not (tmp_path / f"{interrupted}.pt").exists()
+    status, out, _ = call(train.main, *argv)
+    assert status == 0 and f"{interrupted}: going on at step {at + 1}" in out
+    for run in ("target", name):
+        assert_same_weights(tmp_path / f"{run}.pt", tiny_run.folder / f"{run}.pt")
+    for log in tmp_path.glob("*.csv"):  # and every loss on the way
+        assert log_of(log) == log_of(tiny_run.folder / log.name)
+    assert not list(tmp_path.glob("*.progress.pt"))
+
+
+def test_the_discriminator_changes_a_head_through_its_loss_only(tiny_run, tmp_path, call):
+    """With a lambda that underflows D is trained beside, and the head is that of lambda = 0."""
+    (tmp_path / "target.pt").write_bytes(tiny_run.target_before_heads)
+    for name, weight in (("eagle-none", "0"), ("eagle-tiny", "1e-60"), ("eagle-one", "1")):
+        argv = ["--head", name, "--layers", "2", "--adversarial_weight", weight]
+        argv += ["--supervised_share", "0"]
+        status, out, err = call(train.main, *tiny_run.flags, "--out_dir", tmp_path, *argv)
+        assert status == 0, err
+    assert_same_weights(tmp_path / "eagle-none.pt", tmp_path / "eagle-tiny.pt")
+    with pytest.raises(AssertionError):
+        assert_same_weights(tmp_path / "eagle-none.pt", tmp_path / "eagle-one.pt")
+
+
+def test_the_same_command_again_changes_nothing(tiny_run, call):
+    files = sorted(tiny_run.folder.glob("*.pt")) + sorted(tiny_run.folder.glob("*.csv"))
+    before = [file.read_bytes() for file in files]
+    status, out, _ = call(train.main, *tiny_run.flags, "--out_dir", tiny_run.folder)
+    assert status == 0 and out.count("trained already") == 5
+    assert [file.read_bytes() for file in files] == before
+
+
+@pytest.mark.parametrize(
+    "flags, names",
+    [
+        (["--target_lr", "0.1"], ["target.pt", "target_lr"]),
+        (["--seed", "7"], ["target.pt", "seed"]),
+        (["--head_lr", "0.1"], ["medusa.pt", "head_lr"]),
+        (["--head", "eagle-koala", "--layers", "3"], ["eagle-koala.pt", "layers"]),
+        (["--koala_weight", "0.7"], ["koala_weight"]),
+    ],
+)
+def test_other_settings_are_refused_by_name(tiny_run, call, flags, names):
+    status, _, err = call(train.main, *tiny_run.flags, "--out_dir", tiny_run.folder, *flags)
+    assert status == 2 and all(name in err for name in names)
+    assert err.startswith("error:") and err.count("\n") == 1
+
+
+def test_text_that_has_changed_is_noticed(tiny_run, call):
+    file = tiny_run.data / "fables" / "00.txt"
+    text = file.read_text()
+    try:
+        file.write_text("!" + text[1:])
+        status, _, err = call(train.main, *tiny_run.flags, "--out_dir", tiny_run.folder)
+    finally:
+        file.write_text(text)
+    assert status == 2 and "text" in err
+
+
+def test_check_same_names_what_differs(tmp_path):
+    check_same(tmp_path, {"a": 1, "b": 2}, {"a": 1})
+    with pytest.raises(UserError, match="with b 2, now it is 3"):
+        check_same(tmp_path, {"a": 1, "b": 2}, {"a": 1, "b": 3})
+
+
+def test_the_trained_target_is_frozen(tiny_run):
+    target, _ = load_target(tiny_run.folder / "target.pt")
+    assert not any(p.requires_grad for p in target.parameters())

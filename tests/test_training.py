@@ -1,0 +1,371 @@
+"""How a head is trained: the mathematics of the game, who may change what, what is measured.
+
+The adversarial term is easily a term that does nothing, or one that changes what it should not:
+the target, the discriminator's share of the game, the original heads that it is compared with.
+Whole runs, and how they are resumed, are in test_resuming.py.
+"""
+
+import math
+from contextlib import nullcontext
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from discriminator import (
+    Discriminator,
+    acceptance,
+    adversarial_loss,
+    discriminator_loss,
+    exact_logits,
+    health,
+    jensen_shannon,
+)
+from draft_head import HeadConfig, build_head
+from features import DRAFT_POSITIONS, Features, bits_per_byte, measure_acceptance, spread
+from model import GPT, GPTConfig
+from stage import batch_indices, is_due, schedule
+from train import Game
+
+# ------------------------------------------------------------------------- the discriminator
+
+
+def two_laws(seed: int = 0, shape=(5, 30), size: float = 2.0) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    p, q = torch.randn(2, *shape, generator=generator, dtype=torch.float64) * size
+    return p.softmax(-1), q.softmax(-1)
+
+
+@pytest.mark.parametrize("size", [0.3, 2.0, 10.0])
+def test_the_best_discriminator_reaches_the_bounds_of_theory(size):
+    p, q = two_laws(size=size)
+    figures, js = health(exact_logits(p, q), p, q), jensen_shannon(p, q).mean().item()
+    alpha = acceptance(p, q).mean().item()
+    assert figures["d_loss"] == pytest.approx(2 * math.log(2) - 2 * js, abs=1e-6)
+    assert figures["share_found"] == pytest.approx(1, abs=1e-6)
+    assert figures["d_accuracy"] == pytest.approx(1 - alpha / 2, abs=1e-9)
+    assert figures["d_accuracy_bound"] == pytest.approx(1 - alpha / 2, abs=1e-9)
+
+
+def test_no_other_discriminator_does_better():
+    p, q = two_laws()
+    best = exact_logits(p, q)
+    for seed in range(20):
+        generator = torch.Generator().manual_seed(seed)
+        other = best + 0.1 * torch.randn(best.shape, generator=generator, dtype=torch.float64)
+        assert discriminator_loss(other, p, q) > discriminator_loss(best, p, q)
+        assert health(other, p, q)["d_accuracy"] <= health(best, p, q)["d_accuracy"]
+
+
+def test_a_discriminator_that_knows_nothing_has_found_nothing():
+    p, q = two_laws()
+    figures = health(torch.zeros_like(p), p, q)
+    assert figures["share_found"] == pytest.approx(0, abs=1e-12)
+    assert figures["d_accuracy"] == pytest.approx(0.5, abs=1e-12)
+    assert figures["d_loss"] == pytest.approx(2 * math.log(2), abs=1e-12)
+    assert math.isfinite(health(torch.zeros_like(p), p, p)["share_found"])
+
+
+def test_the_jensen_shannon_divergence_ends_at_0_and_ln_2():
+    p, q = two_laws()
+    assert jensen_shannon(p, p).abs().max() < 1e-12
+    disjoint = torch.tensor([[0.5, 0.5, 0, 0, 0]]), torch.tensor([[0, 0, 0.25, 0.75, 0]])
+    assert jensen_shannon(*disjoint).item() == pytest.approx(math.log(2), abs=1e-6)
+    m = (p + q) / 2
+    by_entropy = [-(x * x.log()).sum(-1) for x in (m, p, q)]
+    expected = by_entropy[0] - (by_entropy[1] + by_entropy[2]) / 2
+    torch.testing.assert_close(jensen_shannon(p, q), expected, rtol=0, atol=1e-12)
+
+
+def test_the_head_is_taught_the_divergence_from_the_target():
+    """At D* the gradient of L_adv is that of 2 KL(m || p), m = (p + q) / 2."""
+    p, q0 = two_laws()
+    logits = q0.log().requires_grad_()
+
+    def gradient(loss) -> torch.Tensor:
+        q = logits.softmax(-1)
+        return torch.autograd.grad(loss(q), logits)[0]
+
+    def divergence(q):
+        m = (p + q) / 2
+        return 2 * (m * (m / p).log()).sum(-1).mean()
+
+    game = gradient(lambda q: adversarial_loss(exact_logits(p, q), q))
+    torch.testing.assert_close(game, gradient(divergence), rtol=0, atol=1e-10)
+    assert game.abs().max() > 1e-3
+
+
+def test_each_side_learns_from_its_own_loss_only():
+    p, q = (law.requires_grad_() for law in two_laws())
+    logits = torch.zeros_like(p, requires_grad=True)
+    discriminator_loss(logits, p, q).backward()
+    assert logits.grad is not None and p.grad is None and q.grad is None
+    logits.grad = None
+    adversarial_loss(logits, q).backward()
+    assert logits.grad is None and q.grad is not None
+    assert not exact_logits(p, q).requires_grad
+
+
+def test_the_loss_is_finite_where_a_law_has_zeros():
+    p, q = torch.tensor([[1.0, 0, 0]]), torch.tensor([[0, 1.0, 0]]).requires_grad_()
+    logits = exact_logits(p, q)
+    adversarial_loss(logits, q).backward()
+    assert logits.isfinite().all() and q.grad.isfinite().all()
+    assert health(logits, p, q.detach())["d_loss"] == pytest.approx(0, abs=1e-6)
+
+
+def test_a_new_discriminator_is_undecided_and_owns_no_lm_head():
+    lm_head = torch.nn.Parameter(torch.randn(40, 8))
+    judge = Discriminator(lm_head, num_positions=4, hidden=16)
+    states = torch.randn(2, 3, 8)
+    for position in range(4):
+        assert torch.equal(judge(states, states, position), torch.zeros(2, 3, 40))
+    tensors = [*judge.parameters(), *judge.state_dict().values()]
+    assert not [t for t in tensors if t.data_ptr() == lm_head.data_ptr() or 40 in t.shape]
+
+
+# -------------------------------------------------------------------------------- the game
+
+
+def setting(kind: str, layers: int = 2):
+    """A random target, a head for it, a discriminator that has an opinion, and a batch."""
+    torch.manual_seed(0)
+    config = GPTConfig(40, 16, num_layers=1, width=16, num_heads=2, num_kv_heads=2, mlp_width=16)
+    target = GPT(config).requires_grad_(False).eval()
+    target.embed.weight.mul_(20)
+    head = build_head(HeadConfig(kind, layers), target)
+    judge = Discriminator(target.lm_head.weight, len(head.position_weights), hidden=16)
+    torch.nn.init.normal_(judge.judge.weight)
+    tokens = torch.randint(0, 40, (3, 17))
+    return target, head.eval(), judge, tokens, target(tokens[:, :-1])
+
+
+def gradients(head, loss) -> list[torch.Tensor]:
+    found = torch.autograd.grad(loss, list(head.parameters()), retain_graph=True, allow_unused=True)
+    return [torch.zeros(()) if g is None else g for g in found]
+
+
+@pytest.mark.parametrize("kind", ["medusa", "eagle"])
+def test_lambda_0_is_supervised_training(kind):
+    target, head, judge, tokens, hidden = setting(kind)
+    game = Game(target, head, judge)
+    guess, p = game.guess(tokens, hidden)
+    alone, nothing = game.head_losses(guess, tokens, hidden, p, adversarial=False)
+    assert nothing is None
+    supervised, adversarial = game.head_losses(guess, tokens, hidden, p, adversarial=True)
+    both = gradients(head, supervised + 0.0 * adversarial)
+    assert all(torch.equal(a, b) for a, b in zip(gradients(head, alone), both))
+    assert any(g.abs().max() > 1e-4 for g in gradients(head, adversarial))  # it would matter
+
+
+@pytest.mark.parametrize("kind", ["medusa", "eagle"])
+@pytest.mark.parametrize("closed_form", [False, True])
+def test_a_heads_step_changes_neither_target_nor_discriminator(kind, closed_form):
+    target, head, judge, tokens, hidden = setting(kind)
+    target.requires_grad_(True)  # even then
+    game = Game(target, head, None if closed_form else judge)
+    guess, p = game.guess(tokens, hidden)
+    supervised, adversarial = game.head_losses(guess, tokens, hidden, p, adversarial=True)
+    (supervised + adversarial).backward()
+    assert all(w.grad is None for w in [*target.parameters(), *judge.parameters()])
+    assert any(w.grad is not None and w.grad.abs().max() > 0 for w in head.parameters())
+
+
+@pytest.mark.parametrize("kind", ["medusa", "eagle"])
+def test_the_discriminators_step_changes_neither_target_nor_head(kind):
+    target, head, judge, tokens, hidden = setting(kind)
+    target.requires_grad_(True)
+    game = Game(target, head, judge)
+    guess, p = game.guess(tokens, hidden)
+    game.discriminator_loss(guess, hidden, p).backward()
+    assert all(w.grad is None for w in [*target.parameters(), *head.parameters()])
+    assert judge.judge.weight.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("kind", ["medusa", "eagle"])
+def test_a_guess_is_compared_with_the_targets_law_for_the_same_token(kind):
+    """A head that knew the target's next states would be indistinguishable from it."""
+    target, head, judge, tokens, hidden = setting(kind)
+    game = Game(target, head, None)
+    guess, p = game.guess(tokens, hidden)
+    truth = target.lm_head(hidden)
+    perfect = guess._replace(logits=[truth[:, i:] for i in range(1, len(guess.logits) + 1)])
+    assert [x.shape for x in perfect.logits] == [x.shape for x in guess.logits]
+    figures = game.health(perfect, hidden, p)
+    assert figures["d_accuracy_bound"] == pytest.approx(0.5, abs=1e-5)
+    assert figures["d_loss"] == pytest.approx(2 * math.log(2), abs=1e-5)
+    if kind == "eagle":  # SmoothL1 = 0 then, and the cross entropy is the target's own entropy
+        perfect = perfect._replace(features=hidden[:, 1:])
+        entropy = -(p[:, 1:] * p[:, 1:].log()).sum(-1).mean()
+        loss = head.supervised_loss(perfect, tokens, hidden, p)
+        torch.testing.assert_close(loss, 0.1 * entropy)
+    else:  # equation 1 of Medusa, on logits that spell the text
+        spelled = [100.0 * F.one_hot(tokens[:, i + 1 :], 40).float() for i in range(1, 5)]
+        loss = head.supervised_loss(guess._replace(logits=spelled), tokens, hidden, p)
+        assert loss.item() == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["medusa", "eagle"])
+def test_the_discriminator_sees_the_state_guessed_from_and_the_one_guessed_for(kind):
+    target, head, _, tokens, hidden = setting(kind)
+    seen = []
+
+    def judge(before, after, position):
+        seen.append((before, after, position))
+        return torch.zeros(*before.shape[:2], 40)
+
+    game = Game(target, head, judge)
+    guess, p = game.guess(tokens, hidden)
+    judged = list(game.judged(guess, hidden, p))
+    assert len(judged) == len(seen) == len(head.position_weights)
+    for i, ((before, after, position), (weight, _, real, fake)) in enumerate(
+        zip(seen, judged), start=1
+    ):
+        assert torch.equal(before, hidden[:, :-i]) and torch.equal(after, hidden[:, i:])
+        assert position == i - 1 and weight == head.position_weights[i - 1]
+        torch.testing.assert_close(real, target.lm_head(after).softmax(-1))
+        assert real.shape == fake.shape
+
+
+def test_noise_is_added_in_training_only_and_to_the_input_only():
+    target, head, _, tokens, hidden = setting("eagle")
+    head.prepare(tokens, hidden)
+    before = hidden.clone()
+    calm = head.eval()(tokens, hidden).features
+    assert torch.equal(calm, head(tokens, hidden).features)
+    noisy = head.train()(tokens, hidden).features
+    assert not torch.equal(noisy, calm) and torch.equal(hidden, before)
+
+
+# -------------------------------------------------------------------------------- features
+
+
+def test_kept_states_are_those_of_the_target(capsys):
+    target, _, _, tokens, hidden = setting("eagle")
+    windows = tokens.int().repeat(5, 1)
+    kept = Features(target, windows, 1.0, nullcontext)
+    afresh = Features(target, windows, 0.0, nullcontext)
+    assert kept.kept is not None and afresh.kept is None
+    assert "computed as needed" in capsys.readouterr().out
+    index = torch.tensor([4, 0, 14])
+    for features, exact in ((kept, 2e-3), (afresh, 1e-6)):
+        read, states = features.batch(index)
+        assert torch.equal(read, windows[index].long()) and states.dtype == torch.float32
+        torch.testing.assert_close(states, target(read[:, :-1]), rtol=exact, atol=exact)
+    logits = target.lm_head(afresh.batch(index)[1])
+    torch.testing.assert_close(logits, target.lm_head(target(windows[index, :-1].long())))
+
+
+def test_the_limit_is_that_of_the_memory_taken():
+    target, _, _, tokens, _ = setting("eagle")
+    needed = 3 * 16 * 16 * 2 / 1e9  # windows x positions x width x bytes of a float16
+    assert Features(target, tokens, needed * 1.001, nullcontext).kept is not None
+    assert Features(target, tokens, needed * 0.999, nullcontext).kept is None
+
+
+@pytest.mark.parametrize(
+    "rows, count", [(1, 1), (10, 10), (10, 99), (10, 0), (1000, 7), (999, 998)]
+)
+def test_a_sample_is_spread_over_all_rows_without_repeating_one(rows, count):
+    picked = spread(torch.arange(rows), count).tolist()
+    assert len(picked) == max(1, min(count, rows)) and sorted(set(picked)) == picked
+    gaps = [after - before for before, after in zip(picked, picked[1:])]
+    assert picked[0] == 0 and (not gaps or (picked[-1] == rows - 1 and max(gaps) - min(gaps) <= 1))
+
+
+def test_bits_per_byte_is_the_cross_entropy_of_the_text():
+    target, _, _, tokens, hidden = setting("eagle")
+    counts = torch.arange(40) % 3 + 1
+    log_p = target.lm_head(hidden).log_softmax(-1)
+    nats = -sum(log_p[b, t, tokens[b, t + 1]].item() for b in range(3) for t in range(16))
+    expected = nats / math.log(2) / sum(counts[x].item() for row in tokens for x in row[1:])
+    assert bits_per_byte(target, tokens, counts, nullcontext) == pytest.approx(expected, rel=1e-5)
+
+
+class Oracle:
+    """A head that has looked the target's states up: each of its guesses is the target's law."""
+
+    max_draft = None
+
+    def __init__(self, target, tokens, hidden, sign=1.0):
+        self.target, self.tokens, self.hidden, self.sign = target, tokens, hidden, sign
+
+    def start(self, max_length, batch):
+        return [0]
+
+    def absorb(self, state, tokens, hidden):
+        assert torch.equal(hidden, self.hidden[:, state[0] : state[0] + tokens.shape[1]])
+        state[0] += tokens.shape[1]
+
+    def draft(self, state, n, choose):
+        for i in range(n):
+            place = state[0] + i
+            token, _ = choose(self.sign * self.target.lm_head(self.hidden[:, place]))
+            assert torch.equal(token, self.tokens[:, place + 1])  # the text itself is the path
+
+
+def test_a_perfect_head_is_measured_as_perfect_and_a_contrary_one_as_useless():
+    target, _, _, tokens, _ = setting("eagle")
+    features = Features(target, tokens, 0.0, nullcontext)
+    hidden = features.batch(torch.arange(3))[1]
+    perfect = measure_acceptance(target, Oracle(target, tokens, hidden), features, 3, stride=2)
+    for i in range(1, DRAFT_POSITIONS + 1):
+        assert perfect[f"agree_{i}"] == 1
+        assert perfect[f"alpha_{i}"] == pytest.approx(1, abs=1e-5)
+    assert perfect["tau_estimate"] == pytest.approx(1 + DRAFT_POSITIONS)
+    useless = measure_acceptance(
+        target, Oracle(target, tokens, hidden, -1.0), features, 3, stride=2
+    )
+    assert useless["agree_1"] == 0 and useless["tau_estimate"] == 1 and useless["alpha_1"] < 0.2
+
+
+@pytest.mark.parametrize("kind", ["medusa", "eagle"])
+def test_the_first_position_is_measured_as_training_sees_it(kind):
+    target, head, _, tokens, _ = setting(kind)
+    torch.nn.init.normal_(head.biases[0] if kind == "medusa" else head.combine.weight)
+    features = Features(target, tokens, 0.0, nullcontext)
+    hidden = features.batch(torch.arange(3))[1]
+    measured = measure_acceptance(target, head, features, 3, stride=1)
+    places = range(0, 16 - DRAFT_POSITIONS)
+    q, p = head(tokens, hidden).logits[0], target.lm_head(hidden)
+    same = [(q[:, t].argmax(-1) == p[:, t + 1].argmax(-1)).float().mean() for t in places]
+    alpha = [acceptance(p[:, t + 1].softmax(-1), q[:, t].softmax(-1)).mean() for t in places]
+    assert measured["agree_1"] == pytest.approx(torch.stack(same).mean().item(), abs=1e-6)
+    assert measured["alpha_1"] == pytest.approx(torch.stack(alpha).mean().item(), abs=1e-5)
+
+
+# ---------------------------------------------------------------------- batches and schedule
+
+
+@pytest.mark.parametrize("count, per_step", [(10, 3), (7, 7), (5, 12), (1, 4), (100, 8)])
+def test_every_window_is_read_once_an_epoch(count, per_step):
+    picks = torch.cat([batch_indices(count, per_step, step, 3) for step in range(60)])
+    assert len(picks) == 60 * per_step
+    for epoch in picks[: len(picks) // count * count].view(-1, count):
+        assert torch.equal(epoch.sort().values, torch.arange(count))
+
+
+def test_a_batch_is_a_function_of_step_and_seed_alone():
+    first = batch_indices(100, 8, 17, 3)
+    torch.manual_seed(99)
+    torch.rand(5)
+    state = torch.get_rng_state()
+    assert torch.equal(batch_indices(100, 8, 17, 3), first)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not torch.equal(batch_indices(100, 8, 17, 4), first)
+    assert not torch.equal(batch_indices(100, 100, 0, 3), batch_indices(100, 100, 1, 3))
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 10, 1000])
+def test_the_schedule_rises_holds_and_falls(steps):
+    shares = [schedule(step, steps) for step in range(steps)]
+    assert all(0 < share <= 1 for share in shares)
+    if steps == 1000:
+        assert shares[0] == pytest.approx(1 / 20) and shares[-1] == pytest.approx(1 / 400)
+        assert set(shares[19:600]) == {1.0}
+
+
+@pytest.mark.parametrize("steps, times", [(1, 5), (7, 3), (100, 10), (31, 50)])
+def test_the_last_step_is_always_due(steps, times):
+    due = [step for step in range(steps) if is_due(step, steps, times)]
+    assert due[-1] == steps - 1 and 1 <= len(due) <= 2 * times + 1
