@@ -6,8 +6,8 @@ code of Python's own standard library, about ten megabytes of code, docstrings a
 
 **Split.** Train 90 %, validation 5 %, test 5 %, decided by a hash of each document's *group* (the
 top-level module), so that two files of one package never stand on both sides. Every choice is made
-on validation; the test part is opened by bench.py alone. Text that occurs on both sides makes
-every number look better than it is, so `overlap` measures how much does.
+on validation; the test part serves bench.py alone. Text that occurs on both sides makes every
+number look better than it is, so `overlap` measures how much of the test part does.
 
 **Tokenizer.** Byte-level byte-pair encoding (BPE, arXiv 1508.07909): start from the 256 bytes and,
 again and again, turn the most frequent pair of neighbours into a new token. `learn_merges` is the
@@ -115,7 +115,7 @@ def read_paths(paths: list[str]) -> list[Document]:
                 if path.is_dir():
                     continue
                 raise UserError(f"--data: {file} cannot be read as UTF-8 text: {error}") from error
-            task = relative.parts[0] if len(relative.parts) > 1 else path.stem
+            task = relative.parts[0] if len(relative.parts) > 1 else path.resolve().stem
             files.append((str(relative), task, text))
     total = sum(len(text) for _, _, text in files)
     documents = []
@@ -313,7 +313,7 @@ def passages(document: Document) -> list[tuple[str, str]]:
         tree = ast.parse(document.text)
     except (SyntaxError, ValueError):
         return []
-    lines, found = document.text.splitlines(keepends=True), []
+    lines, found = re.split(r"(?<=\n)", document.text), []
     documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     for node in ast.walk(tree):
         prose = ast.get_docstring(node) if isinstance(node, documented) else None
@@ -338,7 +338,7 @@ def prompts(
     for document in documents:
         for task, text in passages(document):
             if len(text) >= length:  # a token is at least one byte
-                order = hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()
+                order = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
                 found[task][order] = text
     chosen, left_out = [], []
     for task in sorted(found):

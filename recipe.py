@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from cli import UserError, option
+from draft_head import KINDS
 from features import DRAFT_POSITIONS, Text
 from model import GPTConfig
 
@@ -57,7 +58,9 @@ class TrainConfig:
     preset: str = option("cpu", "smoke: a minute, for tests; cpu: a laptop; gpu: a CUDA GPU")
     stage: str = option("all", "what to train", choices=["target", "heads", "all"])
     out_dir: str | None = option(None, "the run's folder; default: out/PRESET")
-    head: str | None = option(None, "train this head only: medusa... or eagle..., any ending")
+    head: str | None = option(
+        None, "train this head only: medusa, eagle, medusa-NAME or eagle-NAME"
+    )
     layers: int | None = option(None, "K, the head's layers; default: 1, and 2 for ...-koala")
     adversarial_weight: float | None = option(None, "lambda; default: 0, see koala_weight")
     koala_weight: float = option(0.1, "lambda of the heads named ...-koala")
@@ -74,7 +77,7 @@ class TrainConfig:
     width: int = option(256, "of the target")
     attention_heads: int = option(4, "of the target")
     mlp_width: int = option(704, "of the target")
-    target_tokens: int = option(3_500_000, "tokens the target trains on, repeats included")
+    target_tokens: int = option(3_200_000, "tokens the target trains on, repeats included")
     target_lr: float = option(4e-3, "peak learning rate of the target")
     optimizer: str = option(
         "auto",
@@ -82,10 +85,10 @@ class TrainConfig:
         choices=["auto", "muon", "adamw"],
     )
     head_data_tokens: int = option(2_000_000, "tokens whose hidden states the heads learn from")
-    head_tokens: int = option(5_000_000, "tokens each head trains on, repeats included")
+    head_tokens: int = option(4_000_000, "tokens each head trains on, repeats included")
     head_lr: float = option(2e-3, "peak learning rate of a head")
     supervised_share: float = option(0.6, "of the head's steps before the discriminator joins")
-    discriminator_steps: int = option(300, "of D alone before it joins")
+    discriminator_steps: int = option(200, "of D alone before it joins")
     discriminator_lr: float = option(2e-3, "of D, constant")
     batch_tokens: int = option(4096, "tokens a step")
     cache_gb: float = option(2.0, "hidden states kept in memory; recomputed beyond that")
@@ -95,8 +98,8 @@ class TrainConfig:
     compile: bool = option(False, "torch.compile the target for its training")
 
     def __post_init__(self):
-        if self.head is not None and not self.head.startswith(("medusa", "eagle")):
-            raise UserError(f"unknown head {self.head!r}: its name begins with medusa or eagle")
+        if self.head is not None and (self.head.split("-")[0] not in KINDS or "/" in self.head):
+            raise UserError(f"unknown head {self.head!r}: name it medusa-... or eagle-...")
         if self.head is None and (self.layers, self.adversarial_weight) != (None, None):
             raise UserError("--layers and --adversarial_weight need --head, the head they are for")
         positive = ("layers", "vocab_size", "context", "num_layers", "width", "attention_heads")

@@ -44,14 +44,16 @@ class Stage:
     def __init__(self, folder: Path, name: str, steps: int, settings: dict, parts: dict):
         self.path, self.log_path = folder / f"{name}.progress.pt", folder / f"{name}.csv"
         self.name, self.steps, self.settings, self.parts = name, steps, settings, parts
-        self.step, self.seconds, self.rows, self.best, self.score = 0, 0.0, [], None, -math.inf
+        self.step, self.seconds, self.rows = 0, 0.0, []
+        self.best, self.best_step, self.score = None, None, -math.inf
         if self.path.is_file():
             saved = load_checkpoint(self.path, "training in progress")
             check_same(self.path, saved["settings"], settings)
             for key, part in parts.items():
                 part.load_state_dict(saved["parts"][key])
             self.step, self.seconds, self.rows = saved["step"], saved["seconds"], saved["rows"]
-            self.best, self.score = saved["best"], saved["score"]
+            self.best, self.best_step = saved["best"], saved["best_step"]
+            self.score = saved["score"]
             print(f"{name}: going on at step {self.step} of {steps}")
         self.start_step = self.step
         self.begun = self.saved = time.monotonic()
@@ -68,6 +70,7 @@ class Stage:
             "seconds": self.elapsed(),
             "rows": self.rows,
             "best": self.best,
+            "best_step": self.best_step,
             "score": self.score,
         }
         save_checkpoint(self.path, checkpoint)
@@ -100,7 +103,7 @@ class Stage:
 
     def keep_if_best(self, score: float, module: nn.Module) -> None:
         if score > self.score:
-            self.score = score
+            self.score, self.best_step = score, self.step + 1
             self.best = {k: v.detach().cpu().clone() for k, v in module.state_dict().items()}
 
     def log(self, tokens_per_step: int, **values) -> None:

@@ -72,10 +72,10 @@ def target_optimizers(config: TrainConfig, target: GPT, name: str) -> list:
 
 def train_target(config: TrainConfig, text: Text, device, autocast) -> None:
     """Train the target on next-token cross entropy and write target.pt."""
-    torch.manual_seed(config.seed)
-    target = GPT(config.gpt(text.encoding.n_vocab)).to(device)
     length = config.context + 1  # the labels are the tokens one further on
     windows, held_out = text.windows("train", length), text.windows("valid", length)
+    torch.manual_seed(config.seed)
+    target = GPT(config.gpt(text.encoding.n_vocab)).to(device)
     per_step = config.windows_per_step
     steps = max(1, config.target_tokens // (per_step * config.context))
     optimizer_name = config.optimizer
@@ -204,14 +204,11 @@ def train_head(
     layers, weight = config.layers_and_weight(name)
     torch.manual_seed(config.seed)
     head = build_head(HeadConfig(name.split("-")[0], layers), target)
-    with torch.random.fork_rng():  # D's weights are drawn apart: lambda must not change the head's
-        torch.manual_seed(config.seed + 1)
-        discriminator = None
-        if weight > 0 and config.discriminator == "learnt":
-            positions = len(head.position_weights)
-            discriminator = Discriminator(target.lm_head.weight, positions).to(
-                target.embed.weight.device
-            )
+    discriminator = None
+    if weight > 0 and config.discriminator == "learnt":
+        positions = len(head.position_weights)
+        discriminator = Discriminator(target.lm_head.weight, positions)
+        discriminator.to(target.embed.weight.device)
     game = Game(target, head, discriminator)
     optimizer = torch.optim.AdamW(
         head.parameters(), lr=config.head_lr, betas=(0.9, 0.95), fused=True
@@ -283,6 +280,8 @@ def train_head(
     record = {
         "name": name,
         "settings": wanted,
+        "kept_step": stage.best_step,
+        "steps": steps,
         "seconds": stage.elapsed(),
         "parameters": sum(p.numel() for p in head.parameters()),
         "valid": measure_acceptance(target, head, valid, count=len(valid.windows)),

@@ -311,8 +311,7 @@ def test_every_layer_has_parameters_of_its_own(kind):
         counts.append(sum(p.numel() for p in head.parameters()))
         stack = head.blocks if kind == "eagle" else head.weights
         assert len({id(layer) for layer in stack}) == layers
-        own = [p for p in stack.parameters()]
-        assert len({p.data_ptr() for p in own}) == len(own)
+        assert len({p.data_ptr() for p in stack.parameters()}) == len(list(stack.parameters()))
     assert counts[2] - counts[1] == counts[1] - counts[0] > 0
 
 

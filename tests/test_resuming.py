@@ -131,6 +131,7 @@ def test_only_the_joint_part_is_adversarial(tiny_run):
     for name in HEADS:
         rows = log_of(tiny_run.folder / f"{name}.csv")
         steps = int(rows[-1]["step"])
+        assert steps == 8000 // 256  # --head_tokens, --batch_tokens
         played = [int(row["step"]) for row in rows if row.get("loss_adv")]
         expected = [int(r["step"]) for r in rows if int(r["step"]) > int(0.6 * steps)]
         assert played == (expected if name.endswith("-koala") else [])
@@ -179,6 +180,19 @@ def test_the_discriminator_changes_a_head_through_its_loss_only(tiny_run, tmp_pa
     assert_same_weights(tmp_path / "eagle-none.pt", tmp_path / "eagle-tiny.pt")
     with pytest.raises(AssertionError):
         assert_same_weights(tmp_path / "eagle-none.pt", tmp_path / "eagle-one.pt")
+
+
+def test_the_discriminator_learns_alone_before_it_joins(tiny_run, tmp_path, call):
+    (tmp_path / "target.pt").write_bytes(tiny_run.target_before_heads)
+    found = []
+    for d_steps in ("0", "80"):
+        name = f"eagle-{d_steps}"
+        argv = ["--head", name, "--adversarial_weight", "1", "--discriminator_steps", d_steps]
+        status, _, err = call(train.main, *tiny_run.flags, "--out_dir", tmp_path, *argv)
+        assert status == 0, err
+        joint = [row for row in log_of(tmp_path / f"{name}.csv") if row["share_found"]]
+        found.append(float(joint[0]["share_found"]))
+    assert found[0] < found[1]
 
 
 def test_the_same_command_again_changes_nothing(tiny_run, call):
