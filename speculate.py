@@ -110,6 +110,8 @@ def verify(p: Tensor, q: Tensor, draft: Tensor, u: Tensor) -> tuple[Tensor, Tens
     p (..., gamma + 1, V): the target's distributions; q (..., gamma, V): those that `draft`
     (..., gamma) was drawn from; u (..., gamma + 1): uniforms in [0, 1).
     """
+    if draft.shape[-1] == 0:  # nothing to judge: plain decoding does not pay for the rule
+        return draft.sum(-1), sample(p[..., 0, :], u[..., 0])
     p_x = p[..., :-1, :].gather(-1, draft[..., None])[..., 0]  # (..., gamma)
     q_x = q.gather(-1, draft[..., None])[..., 0]
     accept = u[..., :-1] < acceptance_probability(p_x, q_x)
@@ -232,11 +234,10 @@ def generate(
 
     # Prefill: read the prompt, and let the target write one token.
     cache = target.new_cache()
-    fresh = torch.tensor([prompt_tokens], device=device)  # (1, T)
-    hidden = target(fresh, cache)  # (1, T, D)
+    prompt = torch.tensor(prompt_tokens, device=device)  # (T,)
+    hidden = target(prompt[None], cache)  # (1, T, D)
     p, u = law(target.lm_head(hidden[0, -1:])), uniforms(1)
     last = sample(p, u)  # (1,): written, but not yet read by the target
-    fresh = torch.cat([fresh[0, 1:], last])[None]  # (1, T): each token beside the state before it
     no_draft, no_q = last[:0], p[:0]
     new = last.tolist()
     out.tokens += new
@@ -245,14 +246,17 @@ def generate(
         on_cycle(Cycle(new, 0, no_draft, p, no_q, u))
     if head is not None:
         state = head.start(target.config.context)
+    draft, count = prompt[1:], len(prompt) - 1  # to the head the prompt is a draft, all accepted
 
     while len(out.tokens) < limit and new[-1] != stop_token:
         # Draft: at most what can still be written, less the one token that the target adds.
         drafts = min(gamma, limit - len(out.tokens) - 1) if head is not None else 0
-        draft, q = no_draft, no_q
         if drafts > 0:
-            head.absorb(state, fresh, hidden)
+            certain = torch.cat([draft[:count], last])[None]  # (1, count + 1), and the states
+            head.absorb(state, certain, hidden[:, : count + 1])  # that led to each of them
             draft, q = (guess[0] for guess in head.draft(state, drafts, choose))
+        else:
+            draft, q = no_draft, no_q
         watch.lap("draft")
 
         # Verify: one pass over the last written token and the draft.
@@ -266,8 +270,6 @@ def generate(
         *drafted, count, follows = torch.cat([draft, accepted[None], following[None]]).tolist()
         cache.rollback(cache.length - (drafts - count))
         last = following[None]
-        fresh = torch.cat([draft[:count], last])[None]  # (1, count + 1)
-        hidden = hidden[:, : count + 1]
         new = drafted[:count] + [follows]
         cut = stop_token in new[:-1]
         if cut:
