@@ -77,15 +77,15 @@ class TrainConfig:
     width: int = option(256, "of the target")
     attention_heads: int = option(4, "of the target")
     mlp_width: int = option(704, "of the target")
-    target_tokens: int = option(3_200_000, "tokens the target trains on, repeats included")
+    target_tokens: int = option(2_600_000, "tokens the target trains on, repeats included")
     target_lr: float = option(4e-3, "peak learning rate of the target")
     optimizer: str = option(
         "auto",
         "of the target; auto: muon where bfloat16 is fast",
         choices=["auto", "muon", "adamw"],
     )
-    head_data_tokens: int = option(2_000_000, "tokens whose hidden states the heads learn from")
-    head_tokens: int = option(4_000_000, "tokens each head trains on, repeats included")
+    head_data_tokens: int = option(1_600_000, "tokens whose hidden states the heads learn from")
+    head_tokens: int = option(3_200_000, "tokens each head trains on, repeats included")
     head_lr: float = option(2e-3, "peak learning rate of a head")
     supervised_share: float = option(0.6, "of the head's steps before the discriminator joins")
     discriminator_steps: int = option(200, "of D alone before it joins")
