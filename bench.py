@@ -32,18 +32,21 @@ import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from datetime import date
+from importlib.metadata import version
 from pathlib import Path
 
-import numpy as np
 import torch
 
 import data
-from cli import UserError, describe_device, option, parse, run
+from cli import UserError, describe_device, fail, option, parse, run
+from draft_head import load_head
 from features import Features, Text, measure_acceptance, spread
+from figures import evaluate, is_loop
 from model import load_checkpoint
 from recipe import HEADS, text_packages
 from report import README, bench_tables, plot_bench, readme_tables
-from speculate import argmax, find_run, generate, load
+from sampling import argmax, distribution, sample
+from speculate import check_request, find_run, generate, head_path, load
 
 PROMPT_TOKENS = 64
 WARM_UP = 2  # prompts decoded before anything is timed
@@ -70,7 +73,9 @@ class BenchConfig:
     dtype: str = option("auto", "to decode in", choices=["auto", "float32", "bfloat16", "float64"])
 
     def __post_init__(self):
-        for name in ("num_prompts", "max_new_tokens", "runs"):
+        if Path(self.name).name != self.name:
+            raise UserError(f"--name {self.name!r} must be the name of a file, without a folder")
+        for name in ("num_prompts", "max_new_tokens", "runs", "gamma"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name} is {getattr(self, name)}, it must be at least 1")
 
@@ -101,7 +106,8 @@ def isolated_costs(target, heads: dict, gamma: int, length: int, repeats: int = 
     """Seconds of one plain step, of a verification, and of each head's drafting, at `length`.
 
     A verification reads gamma + 1 tokens; a head absorbs as many as a middling cycle accepts,
-    then drafts gamma tokens greedily. Rolling back is free, so every repetition is the same work.
+    then drafts gamma tokens greedily, choosing as the decoder does. Rolling back is free, so every
+    repetition is the same work. The acceptance rule is not in it: the model leaves it out.
     """
     device = target.embed.weight.device
     generator = torch.Generator().manual_seed(0)
@@ -122,7 +128,8 @@ def isolated_costs(target, heads: dict, gamma: int, length: int, repeats: int = 
         head.absorb(state, tokens[:, 1 : length - read + 1], hidden[:, : length - read])
 
         def choose(logits):
-            return argmax(logits), logits
+            q = distribution(logits)
+            return sample(q, torch.rand(1, dtype=torch.float64, device=device)), q
 
         def job():
             again = copy.copy(state)  # the same state each time: absorbing rolls its cache back
@@ -158,19 +165,14 @@ def baseline_share(target, prompt: list[int], count: int, repeats: int) -> float
     return statistics.median(ratios[1:])
 
 
-def is_loop(tokens: list[int], n: int = 4) -> bool:
-    grams = [tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)]
-    return len(set(grams)) < len(grams) / 2
-
-
 @torch.inference_mode()
 def first_difference(target, prompt: list[int], ours: list[int], theirs: list[int]) -> dict:
-    """Where two outputs part, and how far apart the target's two best logits are there."""
-    same = zip(ours, theirs)
-    position = next((i for i, (a, b) in enumerate(same) if a != b), min(len(ours), len(theirs)))
+    """Where two outputs of one length part, and how far the worse token's logit is from the best."""
+    position = next(i for i, (a, b) in enumerate(zip(ours, theirs)) if a != b)
     text = torch.tensor([prompt + theirs[:position]], device=target.embed.weight.device)
-    best = target.lm_head(target(text)[0, -1]).float().topk(2).values
-    return {"position": position, "gap": (best[0] - best[1]).item()}
+    logits = target.lm_head(target(text)[0, -1]).float()
+    either = logits[[ours[position], theirs[position]]]
+    return {"position": position, "gap": (logits.max() - either.min()).item()}
 
 
 def measure(config: BenchConfig, target, heads: dict, prompts: list) -> tuple[list, dict]:
@@ -181,7 +183,7 @@ def measure(config: BenchConfig, target, heads: dict, prompts: list) -> tuple[li
     request = dict(max_new_tokens=config.max_new_tokens, gamma=config.gamma, top_k=config.top_k)
     request |= dict(temperature=config.temperature, top_p=config.top_p)
     methods = {"autoregressive": None} | heads
-    samples = [{"task": task, "methods": {}} for task, _ in prompts]
+    samples = [{"task": task, "prompt": prompt, "methods": {}} for task, prompt in prompts]
     seconds = {name: [] for name in methods}
     for number in range(config.runs):
         for rows in seconds.values():
@@ -206,101 +208,14 @@ def measure(config: BenchConfig, target, heads: dict, prompts: list) -> tuple[li
                     f"run {number + 1}/{config.runs}: {index + 1}/{len(prompts)} prompts",
                     flush=True,
                 )
-    for sample, (_, prompt) in zip(samples, prompts):
-        plain = sample["methods"]["autoregressive"]["tokens"]
-        sample["loop"] = is_loop(plain)
+    for row, (_, prompt) in zip(samples, prompts):
+        plain = row["methods"]["autoregressive"]["tokens"]
+        row["loop"] = is_loop(plain)
         for name in heads if config.temperature == 0 else ():
-            ours = sample["methods"][name]["tokens"]
+            ours = row["methods"][name]["tokens"]
             if ours != plain:
-                sample["methods"][name]["differs"] = first_difference(target, prompt, ours, plain)
+                row["methods"][name]["differs"] = first_difference(target, prompt, ours, plain)
     return samples, seconds
-
-
-# --------------------------------------------------------------------------------- evaluating
-
-
-def interval(values: np.ndarray) -> list[float]:
-    return [float(x) for x in np.percentile(values, [2.5, 97.5])]
-
-
-def evaluate(config: BenchConfig, samples: list, seconds: dict, costs: dict) -> dict:
-    """The figures of each head from the samples: loop-free ones, and all for comparison."""
-    free = np.array([not s["loop"] for s in samples])
-    use = free if free.any() else ~free
-    rng = np.random.default_rng(config.seed)
-    names = [name for name in seconds if name != "autoregressive"]
-
-    def counts(name: str) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens and cycles of each prompt, uncut cycles only."""
-        rows = [s["methods"][name] for s in samples]
-        uncut = [r["produced"][: r["uncut_cycles"]] for r in rows]
-        return np.array([sum(u) for u in uncut]), np.array([len(u) for u in uncut])
-
-    def speed(name: str) -> np.ndarray:
-        """Tokens/s of each run, over the prompts in use."""
-        tokens = np.array([len(s["methods"][name]["tokens"]) - 1 for s in samples])
-        return np.array([tokens[use].sum() / np.array(row)[use].sum() for row in seconds[name]])
-
-    picks = rng.choice(np.flatnonzero(use), size=(2000, int(use.sum())))
-    plain = speed("autoregressive")
-    heads, resampled = {}, {}
-    for name in names:
-        tokens, cycles = counts(name)
-        resampled[name] = tokens[picks].sum(1) / np.maximum(1, cycles[picks].sum(1))
-        tau = float(tokens[use].sum() / max(1, cycles[use].sum()))
-        accepted = [
-            length - 1
-            for s, keep in zip(samples, use)
-            if keep
-            for length in s["methods"][name]["produced"][: s["methods"][name]["uncut_cycles"]]
-        ]
-        reached = [sum(a >= i for a in accepted) for i in range(config.gamma + 1)]
-        speedups = speed(name) / plain
-        c_verify, c_draft = costs["verify"] / costs["step"], costs[name] / costs["step"]
-        differing = [
-            s["methods"][name]["differs"] for s in samples if "differs" in s["methods"][name]
-        ]
-        tasks = sorted({s["task"] for s in samples})
-        in_task = {t: use & np.array([s["task"] == t for s in samples]) for t in tasks}
-        heads[name] = {
-            "tau": tau,
-            "tau_interval": interval(resampled[name]),
-            "tau_with_loops": float(tokens.sum() / max(1, cycles.sum())),
-            "tau_by_task": {
-                t: float(tokens[m].sum() / cycles[m].sum()) for t, m in in_task.items() if m.any()
-            },
-            "accepted_histogram": [accepted.count(i) for i in range(config.gamma + 1)],
-            "conditional_acceptance": [b / a for a, b in zip(reached, reached[1:]) if a],
-            "speedup": float(np.median(speedups)),
-            "speedup_range": [float(speedups.min()), float(speedups.max())],
-            "c_verify": c_verify,
-            "c_draft": c_draft,
-            "predicted_speedup": tau / (c_verify + c_draft),
-            "identical": 1 - len(differing) / len(samples),
-            "largest_gap": max((d["gap"] for d in differing), default=0.0),
-        }
-    against = {}
-    for name in names:
-        original = name.removesuffix("-koala")
-        if original != name and original in names:
-            ratio = resampled[name] / resampled[original]
-            net = speed(name) / speed(original)
-            against[name] = {
-                "original": original,
-                "tau_ratio": heads[name]["tau"] / heads[original]["tau"],
-                "tau_ratio_interval": interval(ratio),
-                "net_speed": float(np.median(net)),
-                "net_speed_range": [float(net.min()), float(net.max())],
-                "predicted": heads[name]["predicted_speedup"]
-                / heads[original]["predicted_speedup"],
-            }
-    return {
-        "heads": heads,
-        "koala_against_original": against,
-        "autoregressive_tokens_per_second": float(np.median(plain)),
-        "prompts": len(samples),
-        "loop_free": int(free.sum()),
-    }
 
 
 def load_prompts(config: BenchConfig, text: Text, encoding) -> list[tuple[str, list[int]]]:
@@ -323,6 +238,22 @@ def load_prompts(config: BenchConfig, text: Text, encoding) -> list[tuple[str, l
     return found
 
 
+def check_prompts(config: BenchConfig, target, heads: dict, prompts: list) -> list[int]:
+    """How many tokens each prompt leaves room for. Raises UserError before any time is spent."""
+    rooms = []
+    for _, prompt in prompts:
+        for head in heads.values():
+            sampling = (config.temperature, config.top_k, config.top_p, config.seed)
+            check_request(target, prompt, config.max_new_tokens, head, config.gamma, *sampling)
+        rooms.append(min(config.max_new_tokens, target.config.context - len(prompt)))
+        if rooms[-1] < config.gamma + 2:
+            raise UserError(
+                f"{rooms[-1]} new tokens leave no whole cycle of gamma {config.gamma}: at least "
+                f"{config.gamma + 2} are needed for each prompt"
+            )
+    return rooms
+
+
 def commit() -> str | None:
     """The commit of the code, with a + if it has been changed since."""
     try:
@@ -339,13 +270,15 @@ def main() -> None:
         return
     folder = find_run(config.out_dir)
     names = config.heads or [name for name in HEADS if (folder / f"{name}.pt").is_file()]
+    if not names:
+        raise UserError(f"there is no trained head in {folder}: python train.py --stage heads")
     target, _, encoding = load(folder, None, config.device, config.dtype)
-    heads = {name: load(folder, name, config.device, config.dtype)[1] for name in names}
+    trained = load_checkpoint(folder / "target.pt", "target")
+    heads = {n: load_head(head_path(folder, n), target, trained["fingerprint"]) for n in names}
     weight = target.embed.weight
     print(
         f"run {folder}, {describe_device(weight.device)}, {weight.dtype}, heads {', '.join(heads)}"
     )
-    trained = load_checkpoint(folder / "target.pt", "target")
     settings = trained["training"]["settings"]
     text = Text(settings["data"], text_packages(settings), ("test",))
     if text.description["hash"] != trained["training"]["data"]["hash"]:
@@ -353,26 +286,31 @@ def main() -> None:
     text.use(trained["tokenizer"])
     prompts = load_prompts(config, text, encoding)
 
-    length = PROMPT_TOKENS + config.max_new_tokens // 2
-    costs = isolated_costs(target, heads, config.gamma, length)
-    share = baseline_share(target, prompts[0][1], config.max_new_tokens, 5)
-    samples, seconds = measure(config, target, heads, prompts)
+    rooms = check_prompts(config, target, heads, prompts)
+
     rows = text.windows("test", target.config.context + 1)
     features = Features(target, spread(rows, 64), 1.0, nullcontext)
+    on_text = {n: measure_acceptance(target, head, features, 64) for n, head in heads.items()}
+    middle = statistics.median(len(prompt) + room // 2 for (_, prompt), room in zip(prompts, rooms))
+    length = min(int(middle), target.config.context - config.gamma - 1)
+    costs = isolated_costs(target, heads, config.gamma, length)
+    share = baseline_share(target, prompts[0][1], rooms[0], 5)
+    samples, seconds = measure(config, target, heads, prompts)
     result = {
         "command": " ".join(["python", "bench.py", *sys.argv[1:]]),
         "date": date.today().isoformat(),
         "commit": commit(),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        "versions": {"python": platform.python_version()}
+        | {name: version(name) for name in ("torch", "numpy", "tiktoken")},
         "device": describe_device(weight.device),
         "dtype": str(weight.dtype).removeprefix("torch."),
         "config": asdict(config),
         "target": trained["training"],
         "training": {n: getattr(h, "training_record", None) for n, h in heads.items()},
-        "on_test_text": {n: measure_acceptance(target, h, features, 64) for n, h in heads.items()},
+        "on_test_text": on_text,
         "isolated_seconds": costs,
         "baseline_share": share,
-        "figures": evaluate(config, samples, seconds, costs),
+        "figures": evaluate(config.gamma, config.seed, samples, seconds, costs),
         "seconds": seconds,
         "samples": samples,
     }
@@ -384,7 +322,7 @@ def main() -> None:
     print(f"\n{bench_tables(result)}\n\nwritten: {out}/{config.name}.json, .md and .png")
     worst = max((f["largest_gap"] for f in result["figures"]["heads"].values()), default=0.0)
     if worst > NEAR_TIE[weight.dtype]:
-        print(f"error: outputs part where the target's choice was clear (gap {worst:.4f}): a bug")
+        fail(f"outputs part where the target's choice was clear (gap {worst:.4f}): a bug")
         sys.exit(1)
 
 

@@ -77,22 +77,25 @@ def choose_device(name: str) -> torch.device:
         raise UserError(f"unknown device {name!r}: auto, cpu or cuda") from error
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: this machine shows torch no CUDA GPU; use --device cpu")
+    if device.index is not None and device.index >= torch.cuda.device_count():
+        raise UserError(f"--device {name}: there are {torch.cuda.device_count()} CUDA GPUs")
     if device.type not in ("cpu", "cuda"):
         raise UserError(f"--device {name}: only cpu and cuda are supported")
     return device
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The dtype to decode in. `auto`: bfloat16 on CUDA, float32 on a CPU."""
+    """The dtype to decode in. `auto`: bfloat16 on a CUDA GPU that has it, else float32."""
     if name == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
+        fast = device.type == "cuda" and bfloat16_is_faster(device)
+        return torch.bfloat16 if fast else torch.float32
     return getattr(torch, name)
 
 
 def bfloat16_is_faster(device: torch.device) -> bool:
     """Whether to train under autocast: measured, since not every CPU has instructions for it."""
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported()
+        return torch.cuda.is_bf16_supported(including_emulation=False)
     best = {}
     for dtype in (torch.float32, torch.bfloat16):
         a = torch.randn(512, 512, dtype=dtype)
@@ -130,7 +133,7 @@ class Stopwatch:
     def seconds(self) -> dict[str, float]:
         if self.cuda:
             torch.cuda.synchronize()
-        total = dict.fromkeys(("prefill", "draft", "verify", "other"), 0.0)
+        total = dict.fromkeys(("prefill", "draft", "verify", "other", "callback"), 0.0)
         for (_, begin), (phase, end) in zip(self.laps, self.laps[1:]):
             total[phase] += begin.elapsed_time(end) / 1000 if self.cuda else end - begin
         return total
@@ -148,12 +151,15 @@ def run(main) -> None:
     except KeyboardInterrupt as interrupt:
         print(f"\ninterrupted{': ' + str(interrupt) if str(interrupt) else ''}", file=sys.stderr)
         sys.exit(130)
+    except torch.OutOfMemoryError as error:
+        reason = str(error).split(". ")[0]
+        sys.exit(fail(f"{reason}: try --device cpu, or less at once (train.py: --batch_tokens)"))
     except BrokenPipeError:  # the reader of our output has left, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:  # a full disk, a folder that cannot be written
         sys.exit(fail(error))
 
 
-def fail(error: Exception) -> int:
+def fail(error: Exception | str) -> int:
     print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
     return 2

@@ -232,7 +232,7 @@ def build_encoding(tokenizer: dict) -> tiktoken.Encoding:
         try:
             return tiktoken.get_encoding(tokenizer["name"])
         except Exception as error:  # tiktoken fetches its own encodings: no network, no encoding
-            reason = str(error).splitlines()[0]
+            reason = " ".join(str(error).split())[:100]
             raise UserError(
                 f"--tokenizer {tokenizer['name']} is not to be had: {reason}"
             ) from error

@@ -13,7 +13,7 @@ it into a distribution, one token after the other. It knows each drafted token b
     u = W [embed(x_{t+1}) ; h_t];  K decoder layers;  -> h'_{t+1};  q = softmax(lm_head(h'_{t+1}))
 
 **K** is the multi-layer structure of KOALA (arXiv 2408.08146): K = 1 is the original head of either
-paper, K >= 2 narrows the gap to the deep target, and costs K times the drafting.
+paper, K >= 2 narrows the gap to the deep target, and costs K times the layers at drafting.
 
 Both have one interface, so that neither decoder, training nor benchmark asks which it holds:
 

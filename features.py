@@ -93,10 +93,11 @@ class Features:
             return self.target(tokens[:, :-1]).float()
 
     def batch(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        """Tokens (B, T + 1) and hidden states (B, T, D), float32, on the target's device."""
-        tokens = self.windows[index].long().to(self.target.embed.weight.device)
-        hidden = self.compute(tokens) if self.kept is None else self.kept[index].float()
-        return tokens, hidden
+        """Tokens (B, T + 1) and hidden states (B, T, D), on the target's device and of its dtype."""
+        weight = self.target.embed.weight
+        tokens = self.windows[index].long().to(weight.device)
+        hidden = self.compute(tokens) if self.kept is None else self.kept[index]
+        return tokens, hidden.to(weight.dtype)
 
 
 @torch.no_grad()

@@ -68,7 +68,11 @@ class TrainConfig:
     data: list[str] | None = option(
         None, "UTF-8 files or folders instead of the default", nargs="+"
     )
-    tokenizer: str = option("bpe", "bpe: learnt from the text; or gpt2: tiktoken's own")
+    tokenizer: str = option(
+        "bpe",
+        "bpe: learnt from the text; gpt2: tiktoken's own, fetched by it",
+        choices=["bpe", "gpt2"],
+    )
     vocab_size: int = option(2048, "tokens to learn")
     context: int = option(512, "window, in tokens")
     num_layers: int = option(
@@ -157,7 +161,7 @@ class TrainConfig:
 
 # What may differ between two commands that go on with the same run.
 FREE = {"preset", "stage", "out_dir", "head", "layers", "adversarial_weight", "device", "dtype"}
-FREE |= {"compile", "cache_gb"}
+FREE |= {"compile", "cache_gb", "optimizer"}  # each file records what it used of these
 OF_HEADS = {"koala_weight", "discriminator", "head_data_tokens", "head_tokens", "head_lr"}
 OF_HEADS |= {"supervised_share", "discriminator_steps", "discriminator_lr"}
 
@@ -175,7 +179,10 @@ def text_packages(settings: dict) -> tuple[str, ...]:
 def head_settings(config: TrainConfig, name: str, target_print: str) -> dict:
     layers, weight = config.layers_and_weight(name)
     own = {"layers": layers, "adversarial_weight": weight, "target": target_print}
-    return settings(config, FREE) | own
+    unused = {"koala_weight"}  # it is in adversarial_weight already
+    if weight == 0:
+        unused |= {"discriminator", "discriminator_steps", "discriminator_lr", "supervised_share"}
+    return settings(config, FREE | unused) | own
 
 
 def target_settings(config: TrainConfig, text: Text) -> dict:

@@ -75,7 +75,10 @@ def bench_tables(result: dict) -> str:
     figures, config = result["figures"], result["config"]
     how = "greedy" if config["temperature"] == 0 else f"temperature {config['temperature']:g}"
     lines = [
-        f"{figures['loop_free']} loop-free of {figures['prompts']} test prompts x "
+        f"{figures['loop_free']} loop-free of {figures['prompts']} test prompts"
+        + ("" if figures["loop_free"] >= 30 else " (FEWER THAN 30: no headline figure)")
+        + ("" if figures["headline"] == "loop-free" else ", SO ALL ARE USED")
+        + " x "
         f"{config['max_new_tokens']} tokens, {how}, gamma = {config['gamma']}, "
         f"{config['runs']} runs, seed {config['seed']}; {result['device']}, {result['dtype']}; plain "
         f"decoding {figures['autoregressive_tokens_per_second']:.0f} tokens/s, "

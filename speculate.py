@@ -9,13 +9,15 @@ pass over one, since most of its time goes into reading the weights. So, again a
 
 **The rule** (arXiv 2211.17192, 2302.01318). A drafted token x is accepted with probability
 min(1, p(x) / q(x)). At the first rejection the target's token is drawn from the residual
-norm(max(0, p - q)), and the rest of the draft is dropped. If all are accepted, one more token is
-drawn from p at the end. Either way x is written with probability
+norm(max(0, p - q)), scaled to sum to 1, and the rest of the draft is dropped. If all are accepted,
+one more token is drawn from p at the end. In all, x is written there with probability
 
     q(x) min(1, p(x)/q(x))  +  P(reject) * residual(x)  =  min(p, q)(x) + max(0, p - q)(x)  =  p(x)
 
-so the text has exactly the target's distribution, however bad the draft. Greedy decoding is the
-same rule with one-hot p and q: accept while the draft is the target's own first choice.
+because P(reject) is the sum of max(0, p - q), just what norm divides by. The p at the i-th place is
+the target's after i drafted tokens, and is used only if all of these were accepted; so this holds
+at every place, and the text has exactly the target's distribution, however bad the draft. Greedy
+decoding is the same rule with one-hot p and q: accept while the draft is the target's own choice.
 
 What we gain is the **acceptance length** tau, the tokens written per pass of the target, from 1 to
 gamma + 1; what we pay is the drafting. Read `verify` and `generate` first; the rest is sampling,
@@ -43,51 +45,8 @@ from cli import (
 from data import build_encoding, encode
 from draft_head import load_head, trained_heads
 from model import GPT, load_target
+from sampling import distribution, sample
 from show import Printer, compare, trace_lines
-
-# ---------------------------------------------------------------------------- distributions
-
-
-SMALLEST = 1e-30  # a temperature or top_p that float32 still tells from 0
-
-
-def argmax(logits: Tensor) -> Tensor:
-    """The first choice (...): one function for all, so that exact ties break alike everywhere."""
-    return logits.argmax(dim=-1)
-
-
-def distribution(logits: Tensor, temperature=0.0, top_k=None, top_p=None) -> Tensor:
-    """Logits (..., V) -> the distribution to sample from (..., V), float32.
-
-    Used for p and q alike: it is this very tensor that is sampled from and that the rule compares.
-    Temperature 0 gives a one-hot row. `top_k` keeps the k likeliest tokens (and those tied with
-    the last of them), `top_p` the fewest that together reach that probability.
-    """
-    if temperature == 0:
-        one_hot = torch.zeros(logits.shape, device=logits.device)
-        return one_hot.scatter_(-1, argmax(logits)[..., None], 1.0)
-    logits = logits.float()
-    # The top becomes 0, so that nothing overflows; below SMALLEST, float32 would make it 0 / 0.
-    logits = (logits - logits.amax(-1, keepdim=True)) / max(temperature, SMALLEST)
-    if top_k is not None and 0 < top_k < logits.shape[-1]:
-        last_kept = logits.topk(top_k).values[..., -1:]
-        logits = logits.masked_fill(logits < last_kept, -math.inf)
-    p = logits.softmax(-1)
-    if top_p is not None and top_p < 1:
-        ordered, order = p.sort(dim=-1, descending=True, stable=True)
-        before = ordered.cumsum(-1) - ordered
-        ordered = ordered.masked_fill(before >= max(top_p, SMALLEST), 0.0)
-        p = torch.zeros_like(p).scatter_(-1, order, ordered)
-        p = p / p.sum(-1, keepdim=True)
-    return p
-
-
-def sample(p: Tensor, u: Tensor) -> Tensor:
-    """A token (...) from p (..., V) by its cumulative sum and a uniform u (...) in [0, 1)."""
-    cumulative = p.cumsum(-1, dtype=torch.float64)
-    threshold = u[..., None].double() * cumulative[..., -1:]  # < the sum: never past the end
-    return torch.searchsorted(cumulative, threshold, right=True)[..., 0]
-
 
 # --------------------------------------------------------------------------------- the rule
 
@@ -98,7 +57,10 @@ def acceptance_probability(p_x: Tensor, q_x: Tensor) -> Tensor:
 
 
 def residual(p: Tensor, q: Tensor) -> Tensor:
-    """norm(max(0, p - q)) (..., V), what is left of p after a rejection; p itself where p = q."""
+    """norm(max(0, p - q)) (..., V), what is left of p after a rejection.
+
+    Where p = q nothing is ever rejected; p stands in there for 0 / 0.
+    """
     excess = (p - q).clamp(min=0.0)
     total = excess.sum(-1, keepdim=True)
     return torch.where(total > 0, excess / total, p)
@@ -130,23 +92,25 @@ def verify(p: Tensor, q: Tensor, draft: Tensor, u: Tensor) -> tuple[Tensor, Tens
 class Cycle:
     """One cycle as `on_cycle` gets to see it. The prefill's own token is a cycle without a draft."""
 
-    tokens: list[int]  # written: the accepted ones, then the target's own
-    accepted: int  # how many of the draft were accepted
-    draft: Tensor  # (gamma,)
-    p: Tensor  # (gamma + 1, V)
-    q: Tensor  # (gamma, V)
-    u: Tensor  # (gamma + 1,)
+    tokens: list[int]  # written: accepted drafts, then the target's own unless a stop token came
+    accepted: int  # how many of these tokens were drafted
+    draft: Tensor  # (n,), n <= gamma tokens; none at the prefill and in plain decoding
+    p: Tensor  # (n + 1, V)
+    q: Tensor  # (n, V)
+    u: Tensor  # (n + 1,)
 
 
 @dataclass
 class Generation:
-    """What `generate` wrote, and what it took. Times are in seconds; `seconds` is decoding alone."""
+    """What `generate` wrote, and what it took."""
 
-    tokens: list[int] = field(default_factory=list)
-    produced: list[int] = field(default_factory=list)  # by each cycle; the first token is prefill's
-    uncut_cycles: int = 0  # the cycles that neither the token limit nor a stop token cut short
-    prefill_seconds: float = 0.0
-    seconds: float = 0.0
+    tokens: list[int] = field(default_factory=list)  # the new ones, a stop token included
+    produced: list[int] = field(default_factory=list)  # written by each cycle; prefill's not here
+    # Cycles that drafted all of gamma and did not end at a stop token inside the draft. Near the
+    # token limit less is drafted, so cycles that were cut can only be the last ones.
+    uncut_cycles: int = 0
+    prefill_seconds: float = 0.0  # the target reading the prompt
+    seconds: float = 0.0  # all that comes after it, `on_cycle` excepted
     draft_seconds: float = 0.0
     verify_seconds: float = 0.0
 
@@ -156,7 +120,7 @@ class Generation:
 
     @property
     def acceptance_length(self) -> float:
-        """tau: tokens per pass of the target, its own included; nan if every cycle was cut."""
+        """tau: tokens per pass, the target's own token included; nan if every cycle was cut."""
         counted = self.produced[: self.uncut_cycles]
         return sum(counted) / len(counted) if counted else math.nan
 
@@ -211,7 +175,9 @@ def generate(
     """Continue the prompt by up to `max_new_tokens`, fewer at a stop token or the window's end.
 
     `head=None` is plain autoregressive decoding: the same loop with nothing drafted. `on_cycle` is
-    called with a `Cycle` after each. Raises UserError for a request that cannot be met.
+    called with a `Cycle` after each; the time it takes is not counted. The same seed gives the same
+    text again; with and without a head the texts differ, and only their distribution is the same.
+    Raises UserError for a request that cannot be met.
     """
     check_request(
         target, prompt_tokens, max_new_tokens, head, gamma, temperature, top_k, top_p, seed
@@ -232,7 +198,7 @@ def generate(
         q = law(logits)  # (1, V)
         return sample(q, uniforms(1)), q
 
-    # Prefill: read the prompt, and let the target write one token.
+    # Prefill: read the prompt in one pass, and let the target write one token.
     cache = target.new_cache()
     prompt = torch.tensor(prompt_tokens, device=device)  # (T,)
     hidden = target(prompt[None], cache)  # (1, T, D)
@@ -244,47 +210,52 @@ def generate(
     watch.lap("prefill")
     if on_cycle:
         on_cycle(Cycle(new, 0, no_draft, p, no_q, u))
+        watch.lap("callback")
     if head is not None:
         state = head.start(target.config.context)
-    draft, count = prompt[1:], len(prompt) - 1  # to the head the prompt is a draft, all accepted
+    # To the head the prompt is like a draft that was accepted whole.
+    draft, count = prompt[1:], len(prompt) - 1
 
     while len(out.tokens) < limit and new[-1] != stop_token:
         # Draft: at most what can still be written, less the one token that the target adds.
-        drafts = min(gamma, limit - len(out.tokens) - 1) if head is not None else 0
-        if drafts > 0:
-            certain = torch.cat([draft[:count], last])[None]  # (1, count + 1), and the states
-            head.absorb(state, certain, hidden[:, : count + 1])  # that led to each of them
-            draft, q = (guess[0] for guess in head.draft(state, drafts, choose))
+        n = min(gamma, limit - len(out.tokens) - 1) if head is not None else 0
+        if n > 0:
+            # What is certain since the last cycle: its accepted drafts and the target's own token.
+            # The head reads each beside the state that led to it, the one just before it.
+            certain = torch.cat([draft[:count], last])[None]  # (1, count + 1)
+            head.absorb(state, certain, hidden[:, : count + 1])
+            draft, q = (guess[0] for guess in head.draft(state, n, choose))
         else:
             draft, q = no_draft, no_q
         watch.lap("draft")
 
         # Verify: one pass over the last written token and the draft.
-        hidden = target(torch.cat([last, draft])[None], cache)  # (1, drafts + 1, D)
-        p = law(target.lm_head(hidden[0]))  # (drafts + 1, V)
+        hidden = target(torch.cat([last, draft])[None], cache)  # (1, n + 1, D)
+        p = law(target.lm_head(hidden[0]))  # (n + 1, V)
         watch.lap("verify")
 
-        # Accept: the only place where numbers leave the device, once a cycle.
-        u = uniforms(drafts + 1)
-        accepted, following = verify(p, q, draft, u)
-        *drafted, count, follows = torch.cat([draft, accepted[None], following[None]]).tolist()
-        cache.rollback(cache.length - (drafts - count))
-        last = following[None]
-        new = drafted[:count] + [follows]
+        # Accept. Numbers leave the device in `tolist`, once a cycle. Of the n + 1 tokens just read
+        # the cache forgets the rejected ones; the one that follows has not been read yet.
+        u = uniforms(n + 1)
+        accepted, last = (result[None] for result in verify(p, q, draft, u))  # (1,) each
+        *new, count, follows = torch.cat([draft, accepted, last]).tolist()
+        cache.rollback(cache.length - (n - count))
+        new = new[:count] + [follows]
         cut = stop_token in new[:-1]
         if cut:
             new = new[: new.index(stop_token) + 1]
         out.tokens += new
         out.produced.append(len(new))
-        out.uncut_cycles += drafts == (gamma if head is not None else 0) and not cut
+        out.uncut_cycles += n == (gamma if head is not None else 0) and not cut
         watch.lap("other")
         if on_cycle:
             on_cycle(Cycle(new, min(count, len(new)), draft, p, q, u))
+            watch.lap("callback")
 
     seconds = watch.seconds()
     out.prefill_seconds = seconds.pop("prefill")
     out.draft_seconds, out.verify_seconds = seconds["draft"], seconds["verify"]
-    out.seconds = sum(seconds.values())
+    out.seconds = seconds["draft"] + seconds["verify"] + seconds["other"]
     return out
 
 
@@ -312,11 +283,16 @@ def load(out_dir=None, head: str | None = "eagle-koala", device="auto", dtype="a
     folder, device = find_run(out_dir), choose_device(device)
     target, checkpoint = load_target(folder / "target.pt", device, choose_dtype(dtype, device))
     if head is not None:
-        path = Path(head) if head.endswith(".pt") else folder / f"{head}.pt"
-        if not path.is_file() and (names := trained_heads(folder)):
-            raise UserError(f"there is no head at {path}; trained here: {', '.join(names)}")
-        head = load_head(path, target, checkpoint["fingerprint"])
+        head = load_head(head_path(folder, head), target, checkpoint["fingerprint"])
     return target, head, build_encoding(checkpoint["tokenizer"])
+
+
+def head_path(folder: Path, head: str) -> Path:
+    """Where the head of this name, or at this path, is. Raises UserError, naming those there are."""
+    path = Path(head) if head.endswith(".pt") else folder / f"{head}.pt"
+    if not path.is_file() and (names := trained_heads(folder)):
+        raise UserError(f"there is no head at {path}; trained here: {', '.join(names)}")
+    return path
 
 
 # ------------------------------------------------------------------------ the command line
@@ -380,7 +356,10 @@ def main() -> None:
     print(compare("speculative", speculative, baseline))
     if config.temperature == 0:
         same = speculative.tokens == baseline.tokens
-        print("the two outputs are " + ("identical" if same else "different: see README, Lossless"))
+        print(
+            "the two outputs are "
+            + ("identical" if same else "different: see README, What lossless means here")
+        )
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 A `Stage` is one thing being trained. Its state is saved every minute and when it is interrupted,
 and since batches and schedule are functions of the step alone, the same command goes on exactly
-where it stopped. Nothing here knows what is trained; that is in train.py.
+where it stopped. What is trained is none of its business; that is in train.py.
 """
 
 import csv
@@ -83,8 +83,14 @@ class Stage:
         what an undisturbed run would have had there. Raises KeyboardInterrupt then.
         """
         wanted = []  # signals received
+
+        def stop(number: int) -> None:
+            if wanted:  # asked twice: now, at the cost of what the last minute taught
+                raise KeyboardInterrupt
+            wanted.append(number)
+
         signals = (signal.SIGINT, signal.SIGTERM)
-        previous = [signal.signal(s, lambda number, _: wanted.append(number)) for s in signals]
+        previous = [signal.signal(s, lambda number, _: stop(number)) for s in signals]
         try:
             while self.step < self.steps:
                 yield self.step

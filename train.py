@@ -105,9 +105,10 @@ def train_target(config: TrainConfig, text: Text, device, autocast) -> None:
         for optimizer in optimizers:
             optimizer.param_groups[0]["lr"] = config.target_lr * schedule(step, steps)
             optimizer.step()
-        if is_due(step, steps, LOG_LINES):
+        evaluate = is_due(step, steps, 5)
+        if evaluate or is_due(step, steps, LOG_LINES):
             values = {"loss": loss.item()}
-            if is_due(step, steps, 5):
+            if evaluate:
                 sample = spread(held_out, 64).long().to(device)
                 values["valid_bits_per_byte"] = bits_per_byte(target, sample, byte_counts, autocast)
             stage.log(per_step * config.context, **values)
@@ -133,7 +134,8 @@ def compiled(module: nn.Module, config: TrainConfig):
         fast(torch.zeros(1, 8, dtype=torch.long, device=next(module.parameters()).device))
         return fast
     except Exception as error:  # no compiler, an unsupported Python: many reasons, one remedy
-        print(f"--compile does not work here ({str(error).splitlines()[0]}): going on without")
+        reason = " ".join(str(error).split())[:100]
+        print(f"--compile does not work here ({reason}): going on without")
         return module
 
 
@@ -244,6 +246,7 @@ def train_head(
 
     for step in stage:
         if step == joint_from and discriminator is not None:
+            print(f"{name}: {config.discriminator_steps} steps of the discriminator alone")
             for d_step in range(config.discriminator_steps):
                 tokens, hidden = batch(d_step, config.seed + 2)
                 with torch.no_grad(), autocast():
@@ -273,8 +276,10 @@ def train_head(
             values |= measure_acceptance(target, head, valid, count=64)
             head.train()
             stage.keep_if_best(values["tau_estimate"], head)
-        if log:
+        if log or "tau_estimate" in values:
             stage.log(per_step * config.context, **values)
+    if stage.best is None:
+        raise UserError(f"{name} diverged: try a lower --head_lr or --adversarial_weight")
     head.load_state_dict(stage.best)
     head.eval()
     record = {
@@ -315,10 +320,8 @@ def train_heads(config: TrainConfig, text: Text, device, autocast) -> None:
             rows = spread(text.windows("valid", config.context + 1), VALID_WINDOWS)
             valid = Features(target, rows, config.cache_gb, autocast)
         train_head(config, name, target, target_print, train, valid, autocast)
-    records = [
-        load_checkpoint(folder / f"{name}.pt", "draft head")["training"]
-        for name in trained_heads(folder)
-    ]
+    found = [load_checkpoint(folder / f"{name}.pt", "draft head") for name in trained_heads(folder)]
+    records = [head["training"] for head in found if head["target"] == target_print]
     (folder / "heads.md").write_text(heads_table(records) + "\n")
     plot_training(folder, [record["name"] for record in records])
     print(f"\nOn validation text, drafting along the text itself:\n\n{heads_table(records)}\n")
@@ -333,12 +336,12 @@ def main() -> None:
     reason = "bfloat16 is " + ("faster here" if fast else "not faster here")
     print(f"{describe_device(device)}, {'bfloat16 autocast' if low else 'float32'} ({reason})")
     keep_freed_memory()
-    config.folder.mkdir(parents=True, exist_ok=True)
 
     def autocast():
         return torch.autocast(device.type, torch.bfloat16) if low else nullcontext()
 
     text = Text(config.data, text_packages(asdict(config)), ("train", "valid"))
+    config.folder.mkdir(parents=True, exist_ok=True)
     target_path = config.folder / "target.pt"
     print(
         f"text: {text.description['source']}, bytes {text.description['bytes']}; run: {config.folder}"

@@ -1,0 +1,98 @@
+"""From the samples of bench.py to its figures: pure functions, so that anyone can redo them.
+
+A sample is what every method wrote for one prompt. tau is a ratio of sums (tokens over cycles), so
+its interval comes from drawing whole prompts anew, and KOALA and the original head are compared on
+the same draws: prompts differ far more from each other than heads do.
+"""
+
+import numpy as np
+
+
+def is_loop(tokens: list[int], n: int = 4) -> bool:
+    grams = [tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)]
+    return len(set(grams)) < len(grams) / 2
+
+
+def interval(values: np.ndarray) -> list[float]:
+    return [float(x) for x in np.percentile(values, [2.5, 97.5])]
+
+
+def evaluate(gamma: int, seed: int, samples: list, seconds: dict, costs: dict) -> dict:
+    """The figures of each head from the samples: loop-free ones, and all for comparison."""
+    free = np.array([not s["loop"] for s in samples])
+    use = free if free.any() else ~free
+    rng = np.random.default_rng(seed)
+    names = [name for name in seconds if name != "autoregressive"]
+
+    def counts(name: str) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens and cycles of each prompt, uncut cycles only."""
+        rows = [s["methods"][name] for s in samples]
+        uncut = [r["produced"][: r["uncut_cycles"]] for r in rows]
+        return np.array([sum(u) for u in uncut]), np.array([len(u) for u in uncut])
+
+    def speed(name: str) -> np.ndarray:
+        """Tokens/s of each run, over the prompts in use."""
+        tokens = np.array([len(s["methods"][name]["tokens"]) - 1 for s in samples])
+        return np.array([tokens[use].sum() / np.array(row)[use].sum() for row in seconds[name]])
+
+    picks = rng.choice(np.flatnonzero(use), size=(2000, int(use.sum())))
+    plain = speed("autoregressive")
+    heads, resampled = {}, {}
+    for name in names:
+        tokens, cycles = counts(name)
+        resampled[name] = tokens[picks].sum(1) / np.maximum(1, cycles[picks].sum(1))
+        tau = float(tokens[use].sum() / max(1, cycles[use].sum()))
+        accepted = [
+            length - 1
+            for s, keep in zip(samples, use)
+            if keep
+            for length in s["methods"][name]["produced"][: s["methods"][name]["uncut_cycles"]]
+        ]
+        reached = [sum(a >= i for a in accepted) for i in range(gamma + 1)]
+        speedups = speed(name) / plain
+        c_verify, c_draft = costs["verify"] / costs["step"], costs[name] / costs["step"]
+        differing = [
+            s["methods"][name]["differs"] for s in samples if "differs" in s["methods"][name]
+        ]
+        tasks = sorted({s["task"] for s in samples})
+        in_task = {t: use & np.array([s["task"] == t for s in samples]) for t in tasks}
+        heads[name] = {
+            "tau": tau,
+            "tau_interval": interval(resampled[name]),
+            "tau_with_loops": float(tokens.sum() / max(1, cycles.sum())),
+            "tau_by_task": {
+                t: float(tokens[m].sum() / cycles[m].sum()) for t, m in in_task.items() if m.any()
+            },
+            "accepted_histogram": [accepted.count(i) for i in range(gamma + 1)],
+            "conditional_acceptance": [b / a for a, b in zip(reached, reached[1:]) if a],
+            "speedup": float(np.median(speedups)),
+            "speedup_range": [float(speedups.min()), float(speedups.max())],
+            "c_verify": c_verify,
+            "c_draft": c_draft,
+            "predicted_speedup": tau / (c_verify + c_draft),
+            "identical": 1 - len(differing) / len(samples),
+            "largest_gap": max((d["gap"] for d in differing), default=0.0),
+        }
+    against = {}
+    for name in names:
+        original = name.removesuffix("-koala")
+        if original != name and original in names:
+            ratio = resampled[name] / resampled[original]
+            net = speed(name) / speed(original)
+            against[name] = {
+                "original": original,
+                "tau_ratio": heads[name]["tau"] / heads[original]["tau"],
+                "tau_ratio_interval": interval(ratio),
+                "net_speed": float(np.median(net)),
+                "net_speed_range": [float(net.min()), float(net.max())],
+                "predicted": heads[name]["predicted_speedup"]
+                / heads[original]["predicted_speedup"],
+            }
+    return {
+        "heads": heads,
+        "koala_against_original": against,
+        "autoregressive_tokens_per_second": float(np.median(plain)),
+        "prompts": len(samples),
+        "headline": "loop-free" if free.any() else "all loops",
+        "loop_free": int(free.sum()),
+    }

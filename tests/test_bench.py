@@ -1,0 +1,83 @@
+"""A benchmark that fails after an hour, or measures something else, costs more than none."""
+
+import json
+
+import pytest
+
+import bench
+
+
+@pytest.fixture
+def measured(tiny_run, call, tmp_path):
+    """bench.py on the tiny run: measured(*flags) -> (status, out, err)."""
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("The cat\nA dog sees\nThe old river\n")
+    common = ["--out_dir", tiny_run.folder, "--prompts_file", prompts, "--runs", 2]
+
+    def run(*flags):
+        return call(bench.main, *common, "--max_new_tokens", 12, *flags)
+
+    return run
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
+def test_every_dtype_ends_in_a_result_with_all_its_samples(measured, tiny_run, dtype):
+    status, out, err = measured("--name", dtype, "--dtype", dtype)
+    assert (status, err) == (0, "")
+    folder = tiny_run.folder / "bench"
+    result = json.loads((folder / f"{dtype}.json").read_text())
+    assert (folder / f"{dtype}.png").stat().st_size > 10_000
+    assert set(result["figures"]["heads"]) == {"medusa", "medusa-koala", "eagle", "eagle-koala"}
+    assert len(result["samples"]) == 3
+    for sample in result["samples"]:
+        assert sample["prompt"] and len(sample["methods"]) == 5
+        for method in sample["methods"].values():
+            assert sum(method["produced"]) == len(method["tokens"]) - 1 == 11
+    assert (folder / f"{dtype}.md").read_text().strip() in out
+
+
+def test_sampled_results_make_no_claim_of_identical_texts(measured):
+    status, out, _ = measured("--temperature", 0.8, "--heads", "eagle", "--name", "sampled")
+    assert status == 0
+    assert "temperature 0.8" in out and "identical" not in out
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--gamma", 0),
+        ("--gamma", 5),  # Medusa has four heads
+        ("--max_new_tokens", 1),
+        ("--max_new_tokens", 5),  # no whole cycle
+        ("--runs", 0),
+        ("--num_prompts", 0),
+        ("--temperature", "nan"),
+        ("--name", "a/b"),
+        ("--heads", "nobody"),
+        ("--prompts_file", "nowhere.txt"),
+        ("--out_dir", "nowhere"),
+    ],
+    ids=str,
+)
+def test_bad_input_is_refused_before_anything_is_measured(measured, flags):
+    status, out, err = measured(*flags)
+    assert status == 2
+    assert err.startswith("error: ") and err.count("\n") == 1
+    assert "run 1/" not in out
+
+
+def test_a_window_too_small_for_the_usual_prompts_is_said(tiny_run, call):
+    status, _, err = call(bench.main, "--out_dir", tiny_run.folder)
+    assert status == 2 and err.count("\n") == 1
+
+
+def test_a_difference_is_measured_from_the_worse_of_the_two_tokens(tiny_run):
+    """Had we written a token that is neither of the best two, no near-tie of those excuses it."""
+    target, _, encoding = bench.load(tiny_run.folder, None)
+    prompt = encoding.encode("The cat")
+    plain = bench.generate(target, prompt, 4).tokens
+    logits = target.lm_head(target(bench.torch.tensor([prompt + plain[:2]]))[0, -1])
+    worst = logits.argmin().item()
+    found = bench.first_difference(target, prompt, [*plain[:2], worst, 0], plain)
+    assert found["position"] == 2
+    assert found["gap"] == pytest.approx((logits.max() - logits.min()).item(), rel=1e-4)
