@@ -331,8 +331,8 @@ def prompts(
 ) -> tuple[list[tuple[str, list[int]]], list[str]]:
     """About `count` prompts of `length` tokens, shared out evenly between the tasks.
 
-    Returns ([(task, tokens), ...], the tasks left out for want of prompts). Which passages are
-    taken is decided by a hash of their text: fixed, yet spread over all documents.
+    Returns ([(task, tokens), ...], the tasks left out for want of prompts). The tasks take
+    turns. Which passages are taken is decided by a hash of their text: fixed, yet spread widely.
     """
     found = defaultdict(dict)
     for document in documents:
@@ -340,7 +340,7 @@ def prompts(
             if len(text) >= length:  # a token is at least one byte
                 order = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
                 found[task][order] = text
-    chosen, left_out = [], []
+    shares, left_out = [], []
     for task in sorted(found):
         share = -(-count // len(found))  # rounded up
         taken = []
@@ -353,5 +353,8 @@ def prompts(
         if len(taken) < min(MIN_PROMPTS, share):
             left_out.append(task)
         else:
-            chosen += taken
-    return chosen, left_out
+            shares.append(taken)
+    in_turn = [
+        row[i] for i in range(max(map(len, shares), default=0)) for row in shares if i < len(row)
+    ]
+    return in_turn, left_out

@@ -59,7 +59,7 @@ def evaluate(gamma: int, seed: int, samples: list, seconds: dict, costs: dict) -
         heads[name] = {
             "tau": tau,
             "tau_interval": interval(resampled[name]),
-            "tau_with_loops": float(tokens.sum() / max(1, cycles.sum())),
+            "tau_on_loops": float(tokens[~free].sum() / max(1, cycles[~free].sum())),
             "tau_by_task": {
                 t: float(tokens[m].sum() / cycles[m].sum()) for t, m in in_task.items() if m.any()
             },

@@ -75,7 +75,8 @@ def bench_tables(result: dict) -> str:
     figures, config = result["figures"], result["config"]
     how = "greedy" if config["temperature"] == 0 else f"temperature {config['temperature']:g}"
     lines = [
-        f"{figures['loop_free']} loop-free of {figures['prompts']} test prompts"
+        f"{figures['loop_free']} loop-free prompts ({result['candidates']['looped']} of "
+        f"{result['candidates']['candidates']} candidates looped)"
         + ("" if figures["loop_free"] >= 30 else " (FEWER THAN 30: no headline figure)")
         + ("" if figures["headline"] == "loop-free" else ", SO ALL ARE USED")
         + " x "
@@ -84,7 +85,7 @@ def bench_tables(result: dict) -> str:
         f"decoding {figures['autoregressive_tokens_per_second']:.0f} tokens/s, "
         f"{result['baseline_share']:.0%} of a bare loop.",
         "",
-        "| head | tau [95 %] | with loops | speedup (low to high) | predicted | c_verify + c_draft |"
+        "| head | tau [95 %] | tau on loops | speedup (low to high) | predicted | c_verify + c_draft |"
         + (" identical |" if config["temperature"] == 0 else ""),
         "|---|---|---|---|---|---|" + ("---|" if config["temperature"] == 0 else ""),
     ]
@@ -92,7 +93,7 @@ def bench_tables(result: dict) -> str:
         low, high = f["tau_interval"]
         slow, fast = f["speedup_range"]
         lines.append(
-            f"| {name} | {f['tau']:.2f} [{low:.2f}, {high:.2f}] | {f['tau_with_loops']:.2f} "
+            f"| {name} | {f['tau']:.2f} [{low:.2f}, {high:.2f}] | {f['tau_on_loops']:.2f} "
             f"| {f['speedup']:.2f}x ({slow:.2f} to {fast:.2f}) | {f['predicted_speedup']:.2f}x "
             f"| {f['c_verify']:.2f} + {f['c_draft']:.2f} |"
             + (f" {f['identical']:.0%} |" if config["temperature"] == 0 else "")

@@ -78,7 +78,7 @@ def test_tau_is_tokens_over_uncut_cycles_summed_over_loop_free_prompts():
     figures = evaluate(4, 0, samples, seconds, costs)
     head = figures["heads"]["eagle"]
     assert head["tau"] == pytest.approx((5 + 1 + 2 + 2 + 2 + 2) / 6)
-    assert head["tau_with_loops"] == pytest.approx((14 + 15) / 9)
+    assert head["tau_on_loops"] == pytest.approx(15 / 3)
     assert head["accepted_histogram"] == [1, 4, 0, 0, 1]
     assert head["conditional_acceptance"] == pytest.approx([5 / 6, 1 / 5, 1, 1])
     assert head["speedup"] == pytest.approx((17 / 7) / (17 / 17))
