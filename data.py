@@ -161,15 +161,17 @@ def load_documents(paths: list[str] | None, packages=()) -> dict[str, list[Docum
     return splits
 
 
-def describe(splits: dict[str, list[Document]], paths: list[str] | None) -> dict:
+def describe(splits: dict[str, list[Document]], paths: list[str] | None, packages=()) -> dict:
     """What a result has to state about its text: sizes, a hash of the split, Python's version."""
+    source = ", ".join(["the standard library", *packages])
     digest = hashlib.sha256()
     for split in SPLITS:
         for document in splits[split]:
             digest.update(f"{split} {document.name} {len(document.text)}".encode())
             digest.update(document.text.encode())
     return {
-        "source": " ".join(paths) if paths else f"Python {sys.version.split()[0]} standard library",
+        "source": " ".join(paths) if paths else source,
+        "python": sys.version.split()[0],
         "bytes": {s: sum(len(d.text.encode()) for d in splits[s]) for s in SPLITS},
         "hash": digest.hexdigest()[:16],
     }

@@ -25,7 +25,7 @@ class Text:
 
     def __init__(self, paths: list[str] | None, packages: tuple[str, ...], splits: tuple[str, ...]):
         self.documents = data.load_documents(paths, packages)
-        self.description = data.describe(self.documents, paths)
+        self.description = data.describe(self.documents, paths, packages)
         self.splits = splits
 
     def use(self, tokenizer: dict) -> None:

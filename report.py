@@ -92,8 +92,9 @@ def bench_tables(result: dict) -> str:
     for name, f in figures["heads"].items():
         low, high = f["tau_interval"]
         slow, fast = f["speedup_range"]
+        loops = f"{f['tau_on_loops']:.2f}" if f["tau_on_loops"] else "none"
         lines.append(
-            f"| {name} | {f['tau']:.2f} [{low:.2f}, {high:.2f}] | {f['tau_on_loops']:.2f} "
+            f"| {name} | {f['tau']:.2f} [{low:.2f}, {high:.2f}] | {loops} "
             f"| {f['speedup']:.2f}x ({slow:.2f} to {fast:.2f}) | {f['predicted_speedup']:.2f}x "
             f"| {f['c_verify']:.2f} + {f['c_draft']:.2f} |"
             + (f" {f['identical']:.0%} |" if config["temperature"] == 0 else "")

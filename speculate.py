@@ -269,7 +269,7 @@ def find_run(out_dir: str | None) -> Path:
     targets = sorted(Path("out").glob("*/target.pt"), key=lambda path: path.stat().st_mtime)
     if not targets:
         raise UserError(
-            "there is no trained run under out/: run `python train.py` first (about 40 minutes on "
+            "there is no trained run under out/: run `python train.py` first (about 35 minutes on "
             "two CPU cores), or `python train.py --preset smoke` (a minute, writes nonsense)"
         )
     return targets[-1].parent
@@ -300,7 +300,9 @@ def head_path(folder: Path, head: str) -> Path:
 
 @dataclass(frozen=True)
 class SpeculateConfig:
-    prompt: str = option("def main():", "text to continue, or - to read it from standard input")
+    prompt: str = option(
+        "def read_file(path):", "text to continue, or - to read it from standard input"
+    )
     out_dir: str | None = option(None, "the run's folder; default: the newest under out/")
     head: str = option("eagle-koala", "a trained head's name, a path to one, or none")
     gamma: int = option(4, "tokens to draft in each cycle")

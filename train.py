@@ -121,6 +121,10 @@ def train_target(config: TrainConfig, text: Text, device, autocast) -> None:
         "seconds": stage.elapsed(),
         "valid_bits_per_byte": bits_per_byte(target, whole, byte_counts, autocast),
     }
+    print(
+        f"target: {record['valid_bits_per_byte']:.3f} bits per byte on all of the validation text; "
+        f"{record['data']['overlap']:.1%} of the test text's 32-grams occur in training"
+    )
     save_target(config.folder / "target.pt", target, text.tokenizer, record)
     stage.finish()
 
@@ -341,6 +345,14 @@ def main() -> None:
         return torch.autocast(device.type, torch.bfloat16) if low else nullcontext()
 
     text = Text(config.data, text_packages(asdict(config)), ("train", "valid"))
+    config.folder.mkdir(parents=True, exist_ok=True)
+    target_path = config.folder / "target.pt"
+    about = text.description
+    print(
+        f"text: {about['source']} (Python {about['python']}), split {about['hash']}, bytes", end=" "
+    )
+    print(", ".join(f"{split} {size:,}" for split, size in about["bytes"].items()))
+    print(f"run: {config.folder}")
     config.folder.mkdir(parents=True, exist_ok=True)
     target_path = config.folder / "target.pt"
     print(

@@ -31,7 +31,14 @@ def test_every_glossary_name_exists_in_its_file():
 
 def test_every_link_of_readme_leads_somewhere():
     for link in re.findall(r"\]\(([^)]+)\)", README.read_text()):
-        assert link.startswith("https://arxiv.org/") or (ROOT / link).exists(), link
+        if link.startswith("#"):
+            headings = [h.lower() for h in re.findall(r"^#+ (.*)", README.read_text(), re.M)]
+            anchors = [
+                re.sub(r"[^a-z0-9 -]", "", heading).replace(" ", "-") for heading in headings
+            ]
+            assert link[1:] in anchors, link
+        else:
+            assert link.startswith("https://arxiv.org/") or (ROOT / link).exists(), link
 
 
 def test_every_flag_in_readme_exists():
@@ -59,6 +66,8 @@ def assert_same(ours, theirs, key: str = ""):
         assert ours.keys() == theirs.keys()
         for name in theirs:
             assert_same(ours[name], theirs[name], name)
+    elif isinstance(theirs, str):
+        assert ours == theirs, key
     else:
         tolerance = 0.03 if "interval" in key else 1e-9
         assert ours == pytest.approx(theirs, rel=tolerance), key
