@@ -1,6 +1,7 @@
 """A benchmark that fails after an hour, or measures something else, costs more than none."""
 
 import json
+import shutil
 
 import pytest
 
@@ -8,11 +9,17 @@ import bench
 
 
 @pytest.fixture
-def measured(tiny_run, call, tmp_path):
+def folder(tiny_run, tmp_path):
+    """A copy of the tiny run: results are written into it."""
+    return shutil.copytree(tiny_run.folder, tmp_path / "run")
+
+
+@pytest.fixture
+def measured(folder, call, tmp_path):
     """bench.py on the tiny run: measured(*flags) -> (status, out, err)."""
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("The cat\nA dog sees\nThe old river\n")
-    common = ["--out_dir", tiny_run.folder, "--prompts_file", prompts, "--runs", 2]
+    common = ["--out_dir", folder, "--prompts_file", prompts, "--runs", 2]
 
     def run(*flags):
         return call(bench.main, *common, "--max_new_tokens", 12, *flags)
@@ -21,19 +28,19 @@ def measured(tiny_run, call, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
-def test_every_dtype_ends_in_a_result_with_all_its_samples(measured, tiny_run, dtype):
+def test_every_dtype_ends_in_a_result_with_all_its_samples(measured, folder, dtype):
     status, out, err = measured("--name", dtype, "--dtype", dtype)
     assert (status, err) == (0, "")
-    folder = tiny_run.folder / "bench"
-    result = json.loads((folder / f"{dtype}.json").read_text())
-    assert (folder / f"{dtype}.png").stat().st_size > 10_000
+    written = folder / "bench"
+    result = json.loads((written / f"{dtype}.json").read_text())
+    assert (written / f"{dtype}.png").stat().st_size > 10_000
     assert set(result["figures"]["heads"]) == {"medusa", "medusa-koala", "eagle", "eagle-koala"}
     assert len(result["samples"]) == 3
     for sample in result["samples"]:
         assert sample["prompt"] and len(sample["methods"]) == 5
         for method in sample["methods"].values():
             assert sum(method["produced"]) == len(method["tokens"]) - 1 == 11
-    assert (folder / f"{dtype}.md").read_text().strip() in out
+    assert (written / f"{dtype}.md").read_text().strip() in out
 
 
 def test_sampled_results_make_no_claim_of_identical_texts(measured):

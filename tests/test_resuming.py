@@ -210,7 +210,7 @@ def test_the_same_command_again_changes_nothing(tiny_run, call):
         (["--seed", "7"], ["target.pt", "seed"]),
         (["--head_lr", "0.1"], ["medusa.pt", "head_lr"]),
         (["--head", "eagle-koala", "--layers", "3"], ["eagle-koala.pt", "layers"]),
-        (["--koala_weight", "0.7"], ["koala_weight"]),
+        (["--koala_weight", "0.7"], ["medusa-koala.pt", "adversarial_weight"]),
     ],
 )
 def test_other_settings_are_refused_by_name(tiny_run, call, flags, names):
