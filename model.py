@@ -225,7 +225,9 @@ def save_checkpoint(path: Path, checkpoint: dict) -> None:
             os.fsync(file.fileno())
         os.replace(scratch, path)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
-        raise UserError(f"cannot write {path}: {error}; nothing was changed there") from error
+        raise UserError(
+            f"cannot write {path} (is the disk full?): {error}; nothing was changed there"
+        ) from error
     finally:
         scratch.unlink(missing_ok=True)
 

@@ -270,7 +270,7 @@ def find_run(out_dir: str | None) -> Path:
     if not targets:
         raise UserError(
             "there is no trained run under out/: run `python train.py` first (about 35 minutes on "
-            "two CPU cores), or `python train.py --preset smoke` (a minute, writes nonsense)"
+            "two CPU cores), or `python train.py --preset smoke` (half a minute, writes nonsense)"
         )
     return targets[-1].parent
 

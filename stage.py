@@ -101,8 +101,8 @@ class Stage:
                         f"{self.name} stands at step {self.step} of {self.steps}; "
                         f"the same command goes on from there"
                     )
-                if time.monotonic() - self.saved > SAVE_SECONDS:
-                    self.save()
+                if time.monotonic() - self.saved > SAVE_SECONDS or self.step == self.steps:
+                    self.save()  # at the end too: what follows can still be interrupted
         finally:
             for number, handler in zip(signals, previous):
                 signal.signal(number, handler)

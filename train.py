@@ -355,9 +355,6 @@ def main() -> None:
     print(f"run: {config.folder}")
     config.folder.mkdir(parents=True, exist_ok=True)
     target_path = config.folder / "target.pt"
-    print(
-        f"text: {text.description['source']}, bytes {text.description['bytes']}; run: {config.folder}"
-    )
     if target_path.is_file():
         checkpoint = load_checkpoint(target_path, "target")
         check_same(target_path, checkpoint["training"]["settings"], target_settings(config, text))

@@ -49,6 +49,15 @@ def test_an_interrupt_falls_between_two_steps_and_costs_none(tmp_path, number):
     assert not list(tmp_path.glob("*.pt"))
 
 
+def test_what_was_learnt_is_kept_until_the_result_is_written(tmp_path):
+    """Between the last step and the checkpoint a target is evaluated: that, too, is interrupted."""
+    counter = torch.nn.Embedding(1, 1, _weight=torch.zeros(1, 1))
+    count_up(Stage(tmp_path, "c", 5, {}, {"counter": counter}), counter)
+    counter = torch.nn.Embedding(1, 1, _weight=torch.zeros(1, 1))
+    assert Stage(tmp_path, "c", 5, {}, {"counter": counter}).step == 5
+    assert counter.weight.item() == 5
+
+
 def test_progress_made_with_other_settings_is_refused(tmp_path):
     Stage(tmp_path, "c", 5, {"lr": 1}, {}).save()
     with pytest.raises(UserError, match="lr 1, now it is 2"):
