@@ -353,8 +353,6 @@ def main() -> None:
     )
     print(", ".join(f"{split} {size:,}" for split, size in about["bytes"].items()))
     print(f"run: {config.folder}")
-    config.folder.mkdir(parents=True, exist_ok=True)
-    target_path = config.folder / "target.pt"
     if target_path.is_file():
         checkpoint = load_checkpoint(target_path, "target")
         check_same(target_path, checkpoint["training"]["settings"], target_settings(config, text))
