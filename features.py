@@ -18,6 +18,7 @@ from discriminator import acceptance
 from model import GPT
 
 DRAFT_POSITIONS = 4  # how far into a draft the held-out acceptance is measured
+RANKS = 16  # how many of a head's guesses at each position are counted
 
 
 class Text:
@@ -101,17 +102,22 @@ class Features:
 
 
 @torch.no_grad()
-def measure_acceptance(target: GPT, head, features: Features, count: int, stride: int = 16) -> dict:
+def measure_acceptance(
+    target: GPT, head, features: Features, count: int, stride: int = 16, by_rank=False
+) -> dict:
     """How a head drafts on given text: per draft position i, with the text itself as the path.
 
     agree_i: share of positions where head and target have the same first choice; alpha_i: mean of
     sum_x min(p, q). tau_estimate = 1 + sum_i prod_{j <= i} agree_j, the greedy acceptance length
-    if positions were independent. Uses the decoder's own `absorb` and `draft`, many rows at once.
+    if positions were independent. `by_rank` adds what trees are chosen by, two lists (P, RANKS):
+    `ranks`, how often the head's r-th guess is the target's first choice, and `mass`, the mean p of
+    that guess. Uses the decoder's own `absorb` and `draft`, many rows at once.
     """
-    tokens, hidden = features.batch(torch.arange(min(count, len(features.windows))))
+    tokens, hidden = features.batch(spread(torch.arange(len(features.windows)), count))
     positions = min(DRAFT_POSITIONS, head.max_draft or DRAFT_POSITIONS)
-    length = hidden.shape[1]
-    agree, alpha, drafts = [0.0] * positions, [0.0] * positions, 0
+    length, drafts, alpha = hidden.shape[1], 0, torch.zeros(positions, dtype=torch.float64)
+    ranks = torch.zeros(positions, min(RANKS, target.config.vocab_size), dtype=torch.float64)
+    mass = torch.zeros_like(ranks)
     state, read = head.start(length + positions, batch=len(tokens)), 0
     starts = range(min(stride, length - positions), length - positions + 1, stride)
     calls = iter([(start + i, i) for start in starts for i in range(positions)])
@@ -120,7 +126,9 @@ def measure_acceptance(target: GPT, head, features: Features, count: int, stride
         here, i = next(calls)
         p = target.lm_head(hidden[:, here]).float().softmax(-1)
         q = logits.float().softmax(-1)
-        agree[i] += (p.argmax(-1) == q.argmax(-1)).float().sum().item()
+        guesses = q.topk(ranks.shape[1]).indices  # (B, RANKS), the best first
+        ranks[i] += (guesses == p.argmax(-1, keepdim=True)).sum(0).cpu()
+        mass[i] += p.gather(-1, guesses).sum(0).cpu()
         alpha[i] += acceptance(p, q).sum().item()
         return tokens[:, here + 1], q  # the text itself is the path
 
@@ -129,7 +137,9 @@ def measure_acceptance(target: GPT, head, features: Features, count: int, stride
         read = start
         drafts += len(tokens)
         head.draft(state, positions, choose)
-    result = {f"agree_{i + 1}": value / drafts for i, value in enumerate(agree)}
-    result |= {f"alpha_{i + 1}": value / drafts for i, value in enumerate(alpha)}
-    chain = torch.tensor(agree).div(drafts).cumprod(0).sum().item()
-    return result | {"tau_estimate": 1 + chain}
+    ranks, mass, alpha = ranks / drafts, mass / drafts, alpha / drafts
+    agree = ranks[:, 0]
+    result = {f"agree_{i + 1}": value.item() for i, value in enumerate(agree)}
+    result |= {f"alpha_{i + 1}": value.item() for i, value in enumerate(alpha)}
+    result["tau_estimate"] = 1 + agree.cumprod(0).sum().item()
+    return result | ({"ranks": ranks.tolist(), "mass": mass.tolist()} if by_rank else {})

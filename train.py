@@ -231,7 +231,7 @@ def train_head(
     wanted = head_settings(config, name, target_print)
     stage = Stage(config.folder, name, steps, wanted, parts)
     if stage.step == 0:
-        head.prepare(*train.batch(torch.arange(min(32, len(train.windows)))))
+        head.prepare(*train.batch(spread(torch.arange(len(train.windows)), 32)))
     head.train()
 
     def batch(step: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -293,7 +293,7 @@ def train_head(
         "steps": steps,
         "seconds": stage.elapsed(),
         "parameters": sum(p.numel() for p in head.parameters()),
-        "valid": measure_acceptance(target, head, valid, count=len(valid.windows)),
+        "valid": measure_acceptance(target, head, valid, len(valid.windows), by_rank=True),
         "log": [row for row in stage.rows if "tau_estimate" in row],
     }
     save_head(config.folder / f"{name}.pt", head, target_print, record)
