@@ -8,13 +8,8 @@ cut short is left out. Its interval comes from resampling the prompts (bootstrap
 prefill excluded, the two interleaved prompt by prompt so that a slow minute hits both: the median
 over runs, with the lowest and highest.
 
-**The cost model** (2211.17192, theorem 3.8, in measured units) says what speedup tau should give:
-
-    speedup = tau / (c_verify + c_draft)
-
-with c_verify the cost of a target pass over gamma + 1 tokens and c_draft that of drafting gamma,
-in units of one plain step. Both are measured beforehand, in isolated passes at the run's middle
-context length: taken from the run's own timers they would agree with it by construction.
+**The cost model**, tau / (c_verify + c_draft), says what speedup tau should give. Its costs are
+measured beforehand, in isolated passes at the run's middle context length: see costs.py.
 
 **Honesty.** The baseline is compared with a bare loop. Greedy outputs are compared token by token,
 and any difference has to be a near-tie of the target's logits, else this script exits with 1. A
@@ -23,31 +18,33 @@ plainly until enough of them give a text without a loop (at least half of its 4-
 Headline numbers are theirs; how many looped is counted, and some of those are measured apart.
 """
 
-import copy
 import json
 import platform
 import statistics
 import subprocess
 import sys
-import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 import data
-from cli import UserError, describe_device, fail, option, parse, run
+from cli import UserError, describe_device, fail, number_or_auto, option, parse, run
+from costs import best_size, isolated_costs, synchronized_time
 from draft_head import load_head
 from features import Features, Text, measure_acceptance, spread
 from figures import evaluate, is_loop
-from model import load_checkpoint
+from model import check_prompt, load_checkpoint
 from recipe import HEADS, text_packages
 from report import README, bench_tables, plot_bench, readme_tables
-from sampling import argmax, distribution, sample
-from speculate import check_request, find_run, generate, head_path, load
+from runs import find_run, head_path, load
+from sampling import Sampler, argmax
+from speculate import generate
+from tree import plan_draft
 
 PROMPT_TOKENS = 64
 CANDIDATES = 1500  # prompts to look for, in all tasks together
@@ -60,7 +57,15 @@ NEAR_TIE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 0.25}
 class BenchConfig:
     out_dir: str | None = option(None, "the run's folder; default: the newest under out/")
     heads: list[str] | None = option(None, "heads to measure; default: the run's four", nargs="+")
-    gamma: int = option(4, "tokens to draft in each cycle")
+    gamma: int | str = option(
+        4, "tokens of a chain, or depth of a tree; auto: by measurement", type=number_or_auto
+    )
+    nodes: tuple[int | str, ...] = option(
+        (0,),
+        "tokens of a tree; 0: a chain; auto; several to compare",
+        nargs="+",
+        type=number_or_auto,
+    )
     num_prompts: int = option(40, "loop-free prompts wanted, from all tasks of the test text")
     prompts_file: str | None = option(None, "a UTF-8 file with a prompt a line, instead")
     max_new_tokens: int = option(128, "tokens to write for each prompt")
@@ -73,11 +78,12 @@ class BenchConfig:
     readme: bool = option(False, "only rewrite README's tables from results/*.json")
     device: str = option("auto", "auto, cpu or cuda")
     dtype: str = option("auto", "to decode in", choices=["auto", "float32", "bfloat16", "float64"])
+    compile: bool = option(False, "have torch compile the target's layers")
 
     def __post_init__(self):
         if Path(self.name).name != self.name:
             raise UserError(f"--name {self.name!r} must be the name of a file, without a folder")
-        for name in ("num_prompts", "max_new_tokens", "runs", "gamma"):
+        for name in ("num_prompts", "max_new_tokens", "runs"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name} is {getattr(self, name)}, it must be at least 1")
 
@@ -85,69 +91,34 @@ class BenchConfig:
 # ---------------------------------------------------------------------------------- measuring
 
 
-def synchronized_time(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
+class Method(NamedTuple):
+    """One way to decode: a head and the size of its drafts."""
+
+    head: str
+    gamma: int  # tokens in a chain, or depth of the tree
+    nodes: int  # 0: a chain
+    setting: str  # methods of one setting are compared: KOALA's head with the original's
+    chosen: str | None = None  # what the measurement said, where it chose
 
 
-def interleaved_medians(jobs: dict, device: torch.device, turns: int) -> dict[str, float]:
-    """Median seconds of each job. The jobs take turns, so that a slow minute hits all of them.
+def choose_methods(config: BenchConfig, target, heads: dict) -> tuple[dict, dict]:
+    """Every head with every size of draft. Returns ({name: Method as a dictionary}, {name: (head, plan)}).
 
-    A turn is several repetitions, the first ones untimed: a decoder finds the weights in the cache
-    where it left them a moment ago, and a single repetition would find another job's there.
+    Raises UserError for a size that a head cannot draft.
     """
-    samples = {name: [] for name in jobs}
-    for _ in range(turns):
-        for name, job in jobs.items():
-            for repeat in range(7):
-                start = synchronized_time(device)
-                job()
-                if repeat >= 2:
-                    samples[name].append(synchronized_time(device) - start)
-    return {name: statistics.median(values) for name, values in samples.items()}
-
-
-@torch.inference_mode()
-def isolated_costs(target, heads: dict, gamma: int, length: int, turns: int = 15) -> dict:
-    """Seconds of one plain step, of a verification, and of each head's drafting, at `length`.
-
-    A verification reads gamma + 1 tokens; a head absorbs as many as a middling cycle accepts,
-    then drafts gamma tokens greedily, choosing as the decoder does. Rolling back is free, so every
-    repetition is the same work. The acceptance rule is not in it: the model leaves it out.
-    """
-    device = target.embed.weight.device
-    generator = torch.Generator().manual_seed(0)
-    shape = (1, length + gamma + 1)
-    tokens = torch.randint(target.config.vocab_size, shape, generator=generator).to(device)
-    cache = target.new_cache()
-    hidden = target(tokens[:, :length], cache)
-
-    def passes(count: int):
-        def job():
-            cache.rollback(length)
-            argmax(target.lm_head(target(tokens[:, length : length + count], cache)))
-
-        return job
-
-    def drafting(head):
-        state, read = head.start(target.config.context), min(3, length - 1)
-        head.absorb(state, tokens[:, 1 : length - read + 1], hidden[:, : length - read])
-
-        def choose(logits):
-            q = distribution(logits)
-            return sample(q, torch.rand(1, dtype=torch.float64, device=device)), q
-
-        def job():
-            again = copy.copy(state)  # the same state each time: absorbing rolls its cache back
-            head.absorb(again, tokens[:, length - read + 1 : length + 1], hidden[:, -read:])
-            head.draft(again, gamma, choose)
-
-        return job
-
-    jobs = {"step": passes(1), "verify": passes(gamma + 1)}
-    jobs |= {name: drafting(head) for name, head in heads.items()}
-    return interleaved_medians(jobs, device, turns)
+    methods, ready = {}, {}
+    for nodes in config.nodes:
+        setting = {0: "chain", "auto": "auto"}.get(nodes, f"tree {nodes}")
+        for name, head in heads.items():
+            method = Method(name, config.gamma, nodes, setting)
+            if "auto" in (config.gamma, nodes):
+                size = best_size(target, head, config.gamma, nodes, config.temperature)
+                print(f"{name}, by measurement: {size}")
+                method = Method(name, size.gamma, size.nodes, setting, str(size))
+            full_name = name if nodes == 0 else f"{name} {setting}"
+            methods[full_name] = method
+            ready[full_name] = head, plan_draft(head, method.gamma, method.nodes, target)
+    return {name: method._asdict() for name, method in methods.items()}, ready
 
 
 @torch.inference_mode()
@@ -199,14 +170,14 @@ def choose_prompts(config: BenchConfig, target, candidates: list) -> tuple[list,
     return free + loops[: max(1, config.num_prompts // 4)], counts
 
 
-def measure(config: BenchConfig, target, heads: dict, prompts: list) -> tuple[list, dict]:
-    """Decode every prompt with every head and without, `runs` times, interleaved.
+def measure(config: BenchConfig, target, ready: dict, prompts: list) -> tuple[list, dict]:
+    """Decode every prompt with every method and without, `runs` times, interleaved.
 
     Returns (a record per prompt, {method: [seconds of each prompt] for each run}).
     """
-    request = dict(max_new_tokens=config.max_new_tokens, gamma=config.gamma, top_k=config.top_k)
-    request |= dict(temperature=config.temperature, top_p=config.top_p)
-    methods = {"autoregressive": None} | heads
+    request = dict(max_new_tokens=config.max_new_tokens, temperature=config.temperature)
+    request |= dict(top_k=config.top_k, top_p=config.top_p)
+    methods = {"autoregressive": (None, None)} | ready
     samples = [{"task": task, "prompt": prompt, "methods": {}} for task, prompt in prompts]
     seconds = {name: [] for name in methods}
     for number in range(config.runs):
@@ -215,8 +186,8 @@ def measure(config: BenchConfig, target, heads: dict, prompts: list) -> tuple[li
         warm_up = prompts[:WARM_UP] if number == 0 else []
         for index, (_, prompt) in enumerate(warm_up + prompts, start=-len(warm_up)):
             seed = config.seed + max(index, 0)
-            for name, head in methods.items():
-                out = generate(target, prompt, head=head, seed=seed, **request)
+            for name, (head, plan) in methods.items():
+                out = generate(target, prompt, head=head, plan=plan, seed=seed, **request)
                 if index < 0:
                     continue
                 seconds[name][-1].append(out.seconds)
@@ -235,7 +206,7 @@ def measure(config: BenchConfig, target, heads: dict, prompts: list) -> tuple[li
     for row, (_, prompt) in zip(samples, prompts):
         plain = row["methods"]["autoregressive"]["tokens"]
         row["loop"] = is_loop(plain)
-        for name in heads if config.temperature == 0 else ():
+        for name in ready if config.temperature == 0 else ():
             ours = row["methods"][name]["tokens"]
             if ours != plain:
                 row["methods"][name]["differs"] = first_difference(target, prompt, ours, plain)
@@ -260,18 +231,16 @@ def load_prompts(config: BenchConfig, text: Text, encoding) -> list[tuple[str, l
     return found
 
 
-def check_prompts(config: BenchConfig, target, heads: dict, prompts: list) -> list[int]:
+def check_prompts(config: BenchConfig, target, depth: int, prompts: list) -> list[int]:
     """How many tokens each prompt leaves room for. Raises UserError before any time is spent."""
     rooms = []
     for _, prompt in prompts:
-        for head in heads.values():
-            sampling = (config.temperature, config.top_k, config.top_p, config.seed)
-            check_request(target, prompt, config.max_new_tokens, head, config.gamma, *sampling)
+        check_prompt(target.config, prompt)
         rooms.append(min(config.max_new_tokens, target.config.context - len(prompt)))
-        if rooms[-1] < config.gamma + 2:
+        if rooms[-1] < depth + 2:
             raise UserError(
-                f"{rooms[-1]} new tokens leave no whole cycle of gamma {config.gamma}: at least "
-                f"{config.gamma + 2} are needed for each prompt"
+                f"{rooms[-1]} new tokens leave no whole cycle of a draft {depth} deep: at least "
+                f"{depth + 2} are needed for each prompt"
             )
     return rooms
 
@@ -294,31 +263,32 @@ def main() -> None:
     names = config.heads or [name for name in HEADS if (folder / f"{name}.pt").is_file()]
     if not names:
         raise UserError(f"there is no trained head in {folder}: python train.py --stage heads")
-    target, _, encoding = load(folder, None, config.device, config.dtype)
+    target, _, encoding = load(folder, None, config.device, config.dtype, config.compile)
     trained = load_checkpoint(folder / "target.pt", "target")
     heads = {n: load_head(head_path(folder, n), target, trained["fingerprint"]) for n in names}
     weight = target.embed.weight
-    print(
-        f"run {folder}, {describe_device(weight.device)}, {weight.dtype}, heads {', '.join(heads)}"
-    )
+    print(f"run {folder}, {describe_device(weight.device)}, heads {', '.join(heads)}")
+    print(f"{weight.dtype}: {target.why_dtype}")
     settings = trained["training"]["settings"]
     text = Text(settings["data"], text_packages(settings), ("test",))
     if text.description["hash"] != trained["training"]["data"]["hash"]:
         raise UserError("the text has changed since the target was trained: its split is unknown")
     text.use(trained["tokenizer"])
     candidates = load_prompts(config, text, encoding)
-    check_prompts(config, target, heads, candidates)
+    Sampler(weight.device, config.temperature, config.top_k, config.top_p, config.seed)
+    methods, ready = choose_methods(config, target, heads)
+    depth = max(plan.depth for _, plan in ready.values())
+    check_prompts(config, target, depth, candidates)
     prompts, counts = choose_prompts(config, target, candidates)
-    rooms = check_prompts(config, target, heads, prompts)
+    rooms = check_prompts(config, target, depth, prompts)
 
     rows = text.windows("test", target.config.context + 1)
     features = Features(target, spread(rows, 64), 1.0, nullcontext)
     on_text = {n: measure_acceptance(target, head, features, 64) for n, head in heads.items()}
     middle = statistics.median(len(prompt) + room // 2 for (_, prompt), room in zip(prompts, rooms))
-    length = min(int(middle), target.config.context - config.gamma - 1)
-    costs = isolated_costs(target, heads, config.gamma, length)
+    costs = isolated_costs(target, ready, min(int(middle), target.config.context - depth - 1))
     share = baseline_share(target, prompts[0][1], rooms[0], 5)
-    samples, seconds = measure(config, target, heads, prompts)
+    samples, seconds = measure(config, target, ready, prompts)
     result = {
         "command": " ".join(["python", "bench.py", *sys.argv[1:]]),
         "date": date.today().isoformat(),
@@ -327,6 +297,7 @@ def main() -> None:
         | {name: version(name) for name in ("torch", "numpy", "tiktoken")},
         "device": describe_device(weight.device),
         "dtype": str(weight.dtype).removeprefix("torch."),
+        "why_dtype": target.why_dtype,
         "config": asdict(config),
         "target": trained["training"],
         "training": {n: getattr(h, "training_record", None) for n, h in heads.items()},
@@ -334,7 +305,8 @@ def main() -> None:
         "isolated_seconds": costs,
         "baseline_share": share,
         "candidates": counts,
-        "figures": evaluate(config.gamma, config.seed, samples, seconds, costs),
+        "methods": methods,
+        "figures": evaluate(methods, config.seed, samples, seconds, costs),
         "seconds": seconds,
         "samples": samples,
     }

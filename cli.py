@@ -27,6 +27,11 @@ def option(default, help: str, **details):
     return dataclasses.field(default=default, metadata={"help": help, **details})
 
 
+def number_or_auto(text: str) -> int | str:
+    """The type of an option that may be left to measurement."""
+    return text if text == "auto" else int(text)
+
+
 class Parser(argparse.ArgumentParser):
     def error(self, message: str):
         raise UserError(f"{message} (see --help)")
@@ -51,7 +56,8 @@ def parse(config_class, argv: list[str] | None = None, presets: dict | None = No
             details["action"] = argparse.BooleanOptionalAction
         else:  # `int | None` is read as int
             kinds = [k for k in typing.get_args(kind) if k is not type(None)] or [kind]
-            details["type"] = typing.get_args(kinds[0])[0] if "nargs" in details else kinds[0]
+            inner = typing.get_args(kinds[0])[0] if "nargs" in details else kinds[0]
+            details.setdefault("type", inner)
         parser.add_argument(f"--{field.name}", default=field.default, **details)
     if presets:
         first = Parser(add_help=False, allow_abbrev=False)
@@ -84,14 +90,6 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The dtype to decode in. `auto`: bfloat16 on a CUDA GPU that has it, else float32."""
-    if name == "auto":
-        fast = device.type == "cuda" and bfloat16_is_faster(device)
-        return torch.bfloat16 if fast else torch.float32
-    return getattr(torch, name)
-
-
 def bfloat16_is_faster(device: torch.device) -> bool:
     """Whether to train under autocast: measured, since not every CPU has instructions for it."""
     if device.type == "cuda":
@@ -105,6 +103,19 @@ def bfloat16_is_faster(device: torch.device) -> bool:
             a @ a
             best[dtype] = min(best[dtype], time.perf_counter() - start)
     return best[torch.bfloat16] < 0.7 * best[torch.float32]
+
+
+def compile_layers(target) -> None:
+    """Have torch compile the layers of a target; where that fails, say so and go on without."""
+    for block in target.blocks:
+        block.compile(dynamic=True)
+    try:
+        with torch.no_grad():
+            target(torch.zeros(1, 4, dtype=torch.long, device=target.embed.weight.device))
+    except Exception as error:  # no compiler, an unsupported Python: many reasons, one remedy
+        torch.compiler.set_stance("force_eager")
+        reason = " ".join(str(error).split())[:100]
+        print(f"--compile does not work here ({reason}): going on without")
 
 
 def describe_device(device: torch.device) -> str:
@@ -130,11 +141,13 @@ class Stopwatch:
     def lap(self, phase: str) -> None:
         self.laps.append((phase, self.now()))
 
-    def seconds(self) -> dict[str, float]:
+    def seconds(self, last: int | None = None) -> dict[str, float]:
+        """Of each phase in all, or in the `last` laps only."""
         if self.cuda:
             torch.cuda.synchronize()
         total = dict.fromkeys(("prefill", "draft", "verify", "other", "callback"), 0.0)
-        for (_, begin), (phase, end) in zip(self.laps, self.laps[1:]):
+        laps = self.laps if last is None else self.laps[-last - 1 :]
+        for (_, begin), (phase, end) in zip(laps, laps[1:]):
             total[phase] += begin.elapsed_time(end) / 1000 if self.cuda else end - begin
         return total
 

@@ -19,7 +19,8 @@ Both have one interface, so that neither decoder, training nor benchmark asks wh
 
     state = head.start(max_length)         nothing read yet
     head.absorb(state, tokens, hidden)     read text that is certain, with the target's true states
-    head.draft(state, n, choose)           guess n tokens after it
+    head.expand(state)                     logits of the token after it: the root of a draft
+    head.expand(state, tokens, parents)    and, depth by depth, of what follows drafted tokens
 
 In `absorb`, hidden[t] is the target's state after everything *before* tokens[t]: a head always sees
 a token together with the state that led to it. After a cycle the accepted tokens are absorbed
@@ -67,9 +68,11 @@ class Guess(NamedTuple):
 
 
 class MedusaState:
-    """What Medusa has to remember: the target's last hidden state (B, D)."""
+    """What Medusa has to remember: the target's last hidden state (B, D), and where a draft is."""
 
     hidden: Tensor
+    logits: Tensor  # (H, B, V): what all heads guess from it
+    depth: int
 
 
 class Medusa(nn.Module):
@@ -79,6 +82,8 @@ class Medusa(nn.Module):
     product. W, b start at zero and V_i at the target's LM head: untrained, every head repeats the
     target's own next-token guess (Medusa, section 2.1.1).
     """
+
+    autoregressive = False
 
     def __init__(self, config: HeadConfig, target: GPT):
         super().__init__()
@@ -129,16 +134,13 @@ class Medusa(nn.Module):
         """tokens (B, T), hidden (B, T, D): only the last state is of use."""
         state.hidden = hidden[:, -1]
 
-    def draft(self, state: MedusaState, n: int, choose) -> tuple[Tensor, Tensor]:
-        """n tokens (B, n) and the distributions they were chosen from (B, n, V).
-
-        `choose(logits (B, V))` -> (token (B,), q (B, V)) is the decoder's sampling rule.
-        """
-        if n > self.config.num_heads:
-            raise ValueError(f"{self.config.num_heads} Medusa heads cannot draft {n} tokens")
-        chosen = [choose(logits) for logits in self.heads(state.hidden)[:n]]
-        tokens, q = zip(*chosen)
-        return torch.stack(tokens, 1), torch.stack(q, 1)
+    def expand(self, state: MedusaState, tokens=None, parents=None) -> Tensor:
+        """The next head's guess (B, 1, V): the same whatever nodes it follows. See Eagle.expand."""
+        if tokens is None:
+            state.logits, state.depth = self.heads(state.hidden), 0
+        else:
+            state.depth += 1
+        return state.logits[state.depth, :, None]
 
 
 class EagleState:
@@ -147,12 +149,17 @@ class EagleState:
     def __init__(self, cache: KVCache):
         self.cache = cache
         self.length = 0  # how much of the cache is certain; drafting writes beyond it
-        self.feature: Tensor | None = None  # (B, 1, D): the guessed state after the certain text
+        self.feature: Tensor  # (B, 1, D): the guessed state after the certain text
+        # While drafting: of the nodes expanded last, their guessed states and what they see.
+        self.nodes: Tensor  # (B, k, D)
+        self.seen: Tensor | None  # (k, all nodes so far) bool; None: all of them, in a chain
+        self.depth = 0
 
 
 class Eagle(nn.Module):
     """Predicts the target's next hidden state with K decoder layers of the target's own kind."""
 
+    autoregressive = True  # a guess depends on the drafted tokens before it
     max_draft = None  # it can go on as long as it likes
     position_weights = [1.0]
 
@@ -175,10 +182,9 @@ class Eagle(nn.Module):
     def target(self) -> GPT:
         return self._frozen[0]
 
-    def step(self, tokens: Tensor, hidden: Tensor, cache: KVCache | None = None) -> Tensor:
+    def step(self, tokens: Tensor, hidden: Tensor, cache: KVCache | None = None, rotary=None):
         """tokens (B, T) and the states before them (B, T, D) -> guessed states after (B, T, D)."""
-        start = cache.length if cache is not None else 0
-        rotary = self.rotary(start, tokens.shape[1])
+        rotary = rotary or self.rotary(cache.length if cache is not None else 0, tokens.shape[1])
         embedded = F.embedding(tokens, self.target.embed.weight.detach())
         u = self.combine(torch.cat([embedded, hidden], dim=-1))  # (B, T, 2D) -> (B, T, D)
         u = u.to(hidden.dtype)  # under autocast the residual stream stays in float32
@@ -237,20 +243,31 @@ class Eagle(nn.Module):
         state.feature = self.step(tokens, hidden, state.cache)[:, -1:]
         state.length = state.cache.length
 
-    def draft(self, state: EagleState, n: int, choose) -> tuple[Tensor, Tensor]:
-        """n tokens (B, n) and the distributions they were chosen from (B, n, V).
+    def expand(self, state: EagleState, tokens=None, parents=None) -> Tensor:
+        """Logits (B, k, V) of what follows each of k nodes of the draft, all at one depth.
 
-        `choose(logits (B, V))` -> (token (B,), q (B, V)) is the decoder's sampling rule.
+        First without tokens: what follows the certain text, k = 1. Then, depth by depth, `tokens`
+        (B, k) are read, and `parents` (k,) tells which node of the call before each one follows;
+        None if there was only one. What it reads of a node before is its own guess of its state.
         """
-        state.cache.rollback(state.length)
-        feature, tokens, q = state.feature, [], []
-        for _ in range(n):
-            if tokens:  # read the last guess: as a token, and as a state
-                feature = self.step(tokens[-1][:, None], feature, state.cache)
-            token, row = choose(self.logits(feature[:, -1]))
-            tokens.append(token)
-            q.append(row)
-        return torch.stack(tokens, 1), torch.stack(q, 1)
+        if tokens is None:
+            state.cache.rollback(state.length)
+            state.nodes, state.seen, state.depth = state.feature, None, 0
+            return self.logits(state.nodes)
+        nodes, seen, k = state.nodes, state.seen, tokens.shape[1]
+        here = state.length + state.depth
+        if k == 1 and seen is None:
+            rotary = self.rotary(here, 1)
+        else:
+            itself = torch.eye(k, dtype=torch.bool, device=tokens.device)
+            seen = itself.new_ones(1, state.depth) if seen is None else seen
+            if parents is not None:
+                nodes, seen = nodes[:, parents], seen[parents]
+            state.seen = torch.cat([seen.expand(k, -1), itself], 1)
+            rotary = self.rotary.tree(state.length, slice(here, here + 1), state.seen)
+        state.nodes = self.step(tokens, nodes.expand(-1, k, -1), state.cache, rotary)
+        state.depth += 1
+        return self.logits(state.nodes)
 
 
 KINDS = {"medusa": Medusa, "eagle": Eagle}

@@ -111,7 +111,7 @@ def measure_acceptance(
     sum_x min(p, q). tau_estimate = 1 + sum_i prod_{j <= i} agree_j, the greedy acceptance length
     if positions were independent. `by_rank` adds what trees are chosen by, two lists (P, RANKS):
     `ranks`, how often the head's r-th guess is the target's first choice, and `mass`, the mean p of
-    that guess. Uses the decoder's own `absorb` and `draft`, many rows at once.
+    that guess. Uses the decoder's own `absorb` and `expand`, many rows at once.
     """
     tokens, hidden = features.batch(spread(torch.arange(len(features.windows)), count))
     positions = min(DRAFT_POSITIONS, head.max_draft or DRAFT_POSITIONS)
@@ -120,23 +120,19 @@ def measure_acceptance(
     mass = torch.zeros_like(ranks)
     state, read = head.start(length + positions, batch=len(tokens)), 0
     starts = range(min(stride, length - positions), length - positions + 1, stride)
-    calls = iter([(start + i, i) for start in starts for i in range(positions)])
-
-    def choose(logits: Tensor) -> tuple[Tensor, Tensor]:
-        here, i = next(calls)
-        p = target.lm_head(hidden[:, here]).float().softmax(-1)
-        q = logits.float().softmax(-1)
-        guesses = q.topk(ranks.shape[1]).indices  # (B, RANKS), the best first
-        ranks[i] += (guesses == p.argmax(-1, keepdim=True)).sum(0).cpu()
-        mass[i] += p.gather(-1, guesses).sum(0).cpu()
-        alpha[i] += acceptance(p, q).sum().item()
-        return tokens[:, here + 1], q  # the text itself is the path
-
     for start in starts:
         head.absorb(state, tokens[:, read + 1 : start + 1], hidden[:, read:start])
         read = start
         drafts += len(tokens)
-        head.draft(state, positions, choose)
+        for i, here in enumerate(range(start, start + positions)):
+            # The text itself is the path.
+            logits = head.expand(state, tokens[:, here, None]) if i else head.expand(state)
+            p = target.lm_head(hidden[:, here]).float().softmax(-1)
+            q = logits[:, 0].float().softmax(-1)
+            guesses = q.topk(ranks.shape[1]).indices  # (B, RANKS), the best first
+            ranks[i] += (guesses == p.argmax(-1, keepdim=True)).sum(0).cpu()
+            mass[i] += p.gather(-1, guesses).sum(0).cpu()
+            alpha[i] += acceptance(p, q).sum().item()
     ranks, mass, alpha = ranks / drafts, mass / drafts, alpha / drafts
     agree = ranks[:, 0]
     result = {f"agree_{i + 1}": value.item() for i, value in enumerate(agree)}

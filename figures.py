@@ -17,12 +17,12 @@ def interval(values: np.ndarray) -> list[float]:
     return [float(x) for x in np.percentile(values, [2.5, 97.5])]
 
 
-def evaluate(gamma: int, seed: int, samples: list, seconds: dict, costs: dict) -> dict:
-    """The figures of each head from the samples: loop-free ones, and all for comparison."""
+def evaluate(methods: dict, seed: int, samples: list, seconds: dict, costs: dict) -> dict:
+    """The figures of each method (bench.Method) from the samples; the headline is loop-free."""
     free = np.array([not s["loop"] for s in samples])
     use = free if free.any() else ~free
     rng = np.random.default_rng(seed)
-    names = [name for name in seconds if name != "autoregressive"]
+    names = list(methods)
 
     def counts(name: str) -> tuple[np.ndarray, np.ndarray]:
         """Tokens and cycles of each prompt, uncut cycles only."""
@@ -37,7 +37,7 @@ def evaluate(gamma: int, seed: int, samples: list, seconds: dict, costs: dict) -
 
     picks = rng.choice(np.flatnonzero(use), size=(2000, int(use.sum())))
     plain = speed("autoregressive")
-    heads, resampled = {}, {}
+    figures, resampled = {}, {}
     for name in names:
         tokens, cycles = counts(name)
         resampled[name] = tokens[picks].sum(1) / np.maximum(1, cycles[picks].sum(1))
@@ -48,49 +48,56 @@ def evaluate(gamma: int, seed: int, samples: list, seconds: dict, costs: dict) -
             if keep
             for length in s["methods"][name]["produced"][: s["methods"][name]["uncut_cycles"]]
         ]
-        reached = [sum(a >= i for a in accepted) for i in range(gamma + 1)]
+        deepest = max(accepted, default=0)
+        reached = [sum(a >= i for a in accepted) for i in range(deepest + 1)]
         speedups = speed(name) / plain
-        c_verify, c_draft = costs["verify"] / costs["step"], costs[name] / costs["step"]
+        c_verify, c_draft = (costs[name][phase] / costs["step"] for phase in ("verify", "draft"))
+        phases = np.array([s["methods"][name]["phases"] for s in samples])[use].sum(0)
         differing = [
             s["methods"][name]["differs"] for s in samples if "differs" in s["methods"][name]
         ]
         tasks = sorted({s["task"] for s in samples})
         in_task = {t: use & np.array([s["task"] == t for s in samples]) for t in tasks}
-        heads[name] = {
+        figures[name] = {
             "tau": tau,
             "tau_interval": interval(resampled[name]),
             "tau_on_loops": float(tokens[~free].sum() / max(1, cycles[~free].sum())),
             "tau_by_task": {
                 t: float(tokens[m].sum() / cycles[m].sum()) for t, m in in_task.items() if m.any()
             },
-            "accepted_histogram": [accepted.count(i) for i in range(gamma + 1)],
+            "accepted_histogram": [accepted.count(i) for i in range(deepest + 1)],
             "conditional_acceptance": [b / a for a, b in zip(reached, reached[1:]) if a],
             "speedup": float(np.median(speedups)),
             "speedup_range": [float(speedups.min()), float(speedups.max())],
             "c_verify": c_verify,
             "c_draft": c_draft,
             "predicted_speedup": tau / (c_verify + c_draft),
+            "elsewhere": float(phases[2] / phases.sum()),  # neither drafting nor verifying
             "identical": 1 - len(differing) / len(samples),
             "largest_gap": max((d["gap"] for d in differing), default=0.0),
         }
-    against = {}
-    for name in names:
-        original = name.removesuffix("-koala")
-        if original != name and original in names:
-            ratio = resampled[name] / resampled[original]
-            net = speed(name) / speed(original)
-            against[name] = {
-                "original": original,
-                "tau_ratio": heads[name]["tau"] / heads[original]["tau"],
-                "tau_ratio_interval": interval(ratio),
-                "net_speed": float(np.median(net)),
-                "net_speed_range": [float(net.min()), float(net.max())],
-                "predicted": heads[name]["predicted_speedup"]
-                / heads[original]["predicted_speedup"],
-            }
+
+    def compared(name: str, other: str) -> dict:
+        net = speed(name) / speed(other)
+        return {
+            "with": other,
+            "tau_ratio": figures[name]["tau"] / figures[other]["tau"],
+            "tau_ratio_interval": interval(resampled[name] / resampled[other]),
+            "net_speed": float(np.median(net)),
+            "net_speed_range": [float(net.min()), float(net.max())],
+            "predicted": figures[name]["predicted_speedup"] / figures[other]["predicted_speedup"],
+        }
+
+    # KOALA's head with the original one of the same setting, and trees with their head's chain.
+    known = {(m["head"], m["setting"]): name for name, m in methods.items()}
+    comparisons = {}
+    for name, method in methods.items():
+        original = known.get((method["head"].removesuffix("-koala"), method["setting"]))
+        chain = known.get((method["head"], "chain"))
+        comparisons[name] = [compared(name, o) for o in (original, chain) if o not in (None, name)]
     return {
-        "heads": heads,
-        "koala_against_original": against,
+        "heads": figures,
+        "comparisons": {name: rows for name, rows in comparisons.items() if rows},
         "autoregressive_tokens_per_second": float(np.median(plain)),
         "prompts": len(samples),
         "headline": "loop-free" if free.any() else "all loops",

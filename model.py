@@ -6,7 +6,8 @@ files it is kept in. Three things matter to the rest of the project:
 
 - `GPT.forward` returns the hidden states h *after the final norm*, not logits. Draft heads read
   exactly this h, and `GPT.lm_head(h)` turns it into the target's logits: p = softmax(lm_head(h)).
-- `KVCache` is addressed by position. Forgetting a rejected draft is moving one integer.
+- `KVCache` is addressed by place. Forgetting a rejected draft is moving one integer; of a draft
+  that is a tree, `keep` moves the accepted path up.
 - `Block` is one decoder layer. The EAGLE draft head is built from the same class.
 
 The architecture: RMSNorm before each sublayer (arXiv 1910.07467), rotary positions (2104.09864),
@@ -15,6 +16,7 @@ dropout: a run of this size reads its text a few times only. Read next: draft_he
 """
 
 import hashlib
+import math
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -53,10 +55,11 @@ class GPTConfig:
 
 
 class KVCache:
-    """Keys and values of the tokens read so far, addressed by position.
+    """Keys and values of the tokens read so far, one place each, in the order they were read.
 
     Allocated once for `max_length` tokens. `length` is how many of them count: what lies beyond
-    is overwritten by the next write, so `rollback` copies nothing and frees nothing.
+    is overwritten by the next write, so `rollback` copies nothing and frees nothing. (Keys carry
+    their rotation with them: where they lie does not matter, only which of them a query may see.)
     """
 
     def __init__(self, config: GPTConfig, num_layers: int, max_length: int, like: Tensor, batch=1):
@@ -83,6 +86,14 @@ class KVCache:
             raise ValueError(f"cannot roll back from {self.length} tokens to {length}")
         self.length = length
 
+    def keep(self, start: int, path: list[int]) -> None:
+        """Of what was written from `start` on, keep the places start + path, in rising order."""
+        self.rollback(start + len(path))
+        if path != list(range(len(path))):  # a path through a tree; a chain lies there already
+            source = torch.tensor(path, device=self.keys.device) + start
+            for stored in (self.keys, self.values):
+                stored[..., start : self.length, :] = stored[..., source, :]
+
 
 class Rotary(nn.Module):
     """Tables of the rotary embedding, and which earlier positions each position may see.
@@ -99,7 +110,8 @@ class Rotary(nn.Module):
         # Coordinate i is paired with i + hd/2: the rotated vector is x * cos + swap(x) * sin.
         self.register_buffer("cos", torch.cat([cos, cos], -1), persistent=False)  # (C, hd)
         self.register_buffer("sin", torch.cat([-sin, sin], -1), persistent=False)
-        causal = torch.ones(config.context, config.context, dtype=torch.bool).tril()
+        # Added to the scores: 0 for a key that may be seen, -inf for one that may not.
+        causal = torch.full((config.context, config.context), -math.inf).triu(1)
         self.register_buffer("causal", causal, persistent=False)  # (C, C)
 
     def forward(self, start: int, length: int) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -111,6 +123,15 @@ class Rotary(nn.Module):
         end = start + length
         mask = self.causal[start:end, :end] if start > 0 and length > 1 else None
         return self.cos[start:end], self.sin[start:end], mask
+
+    def tree(self, start: int, positions, seen: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The same for nodes of a tree: `positions` (T,), or one slice for all of them.
+
+        `seen` (T, M) bool: which of the last M keys each node may see; all see the `start` before.
+        """
+        hidden = torch.zeros_like(seen, dtype=self.causal.dtype).masked_fill_(~seen, -math.inf)
+        before = self.causal[-1, :start].expand(len(seen), start)  # the last row: it sees all
+        return self.cos[positions], self.sin[positions], torch.cat([before, hidden], 1)
 
 
 class Block(nn.Module):
@@ -178,15 +199,20 @@ class GPT(nn.Module):
         if config.tied:
             self.lm_head.weight = self.embed.weight
 
-    def forward(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
+    def forward(self, tokens: Tensor, cache: KVCache | None = None, positions=None, mask=None):
         """tokens (B, T) -> hidden states h after the final norm (B, T, D).
 
-        With a cache the tokens continue what it holds, and it advances by T.
+        With a cache the tokens continue what it holds, and it advances by T. The nodes of a tree
+        come with their `positions` (T,) and a `mask` (T, T) bool: node i sees node j.
+        Raises ValueError beyond the context window.
         """
         start = cache.length if cache is not None else 0
-        if start + tokens.shape[1] > self.config.context:
+        if mask is not None:
+            rotary = self.rotary.tree(start, positions, mask)
+        elif start + tokens.shape[1] > self.config.context:
             raise ValueError(f"{start + tokens.shape[1]} tokens exceed {self.config.context}")
-        rotary = self.rotary(start, tokens.shape[1])
+        else:
+            rotary = self.rotary(start, tokens.shape[1])
         x = self.embed(tokens)  # (B, T, D)
         for layer, block in enumerate(self.blocks):
             x = block(x, rotary, cache, layer)
@@ -198,6 +224,18 @@ class GPT(nn.Module):
         """An empty cache for this model, of the whole window unless told otherwise."""
         length = max_length or self.config.context
         return KVCache(self.config, self.config.num_layers, length, self.embed.weight, batch)
+
+
+def check_prompt(config: GPTConfig, prompt: list[int]) -> None:
+    """Raise UserError for a text that a target of this shape cannot continue."""
+    if not prompt:
+        raise UserError("the prompt is empty: give at least one character")
+    if len(prompt) >= config.context:
+        raise UserError(
+            f"the prompt has {len(prompt)} tokens, this target reads at most {config.context - 1}"
+        )
+    if min(prompt) < 0 or max(prompt) >= config.vocab_size:
+        raise UserError(f"the prompt has tokens outside the vocabulary of {config.vocab_size}")
 
 
 def fingerprint(target: GPT) -> str:

@@ -80,36 +80,45 @@ def bench_tables(result: dict) -> str:
         + ("" if figures["loop_free"] >= 30 else " (FEWER THAN 30: no headline figure)")
         + ("" if figures["headline"] == "loop-free" else ", SO ALL ARE USED")
         + " x "
-        f"{config['max_new_tokens']} tokens, {how}, gamma = {config['gamma']}, "
-        f"{config['runs']} runs, seed {config['seed']}; {result['device']}, {result['dtype']}; plain "
-        f"decoding {figures['autoregressive_tokens_per_second']:.0f} tokens/s, "
+        f"{config['max_new_tokens']} tokens, {how}, {config['runs']} runs, seed {config['seed']}; "
+        f"{result['device']}, {result['dtype']}; plain decoding "
+        f"{figures['autoregressive_tokens_per_second']:.0f} tokens/s, "
         f"{result['baseline_share']:.0%} of a bare loop.",
         "",
-        "| head | tau [95 %] | tau on loops | speedup (low to high) | predicted | c_verify + c_draft |"
+        "| head | draft | tau [95 %] | tau on loops | speedup (low to high) | predicted "
+        "| c_verify + c_draft | elsewhere |"
         + (" identical |" if config["temperature"] == 0 else ""),
-        "|---|---|---|---|---|---|" + ("---|" if config["temperature"] == 0 else ""),
+        "|---|---|---|---|---|---|---|---|" + ("---|" if config["temperature"] == 0 else ""),
     ]
     for name, f in figures["heads"].items():
         low, high = f["tau_interval"]
         slow, fast = f["speedup_range"]
         loops = f"{f['tau_on_loops']:.2f}" if f["tau_on_loops"] else "none"
         lines.append(
-            f"| {name} | {f['tau']:.2f} [{low:.2f}, {high:.2f}] | {loops} "
+            f"| {result['methods'][name]['head']} | {draft_name(result['methods'][name])} "
+            f"| {f['tau']:.2f} [{low:.2f}, {high:.2f}] | {loops} "
             f"| {f['speedup']:.2f}x ({slow:.2f} to {fast:.2f}) | {f['predicted_speedup']:.2f}x "
-            f"| {f['c_verify']:.2f} + {f['c_draft']:.2f} |"
+            f"| {f['c_verify']:.2f} + {f['c_draft']:.2f} | {f['elsewhere']:.1%} |"
             + (f" {f['identical']:.0%} |" if config["temperature"] == 0 else "")
         )
-    if figures["koala_against_original"]:
-        lines += ["", "| KOALA against | tau ratio [95 %] | net speed (low to high) | predicted |"]
-        lines += ["|---|---|---|---|"]
-    for name, f in figures["koala_against_original"].items():
-        low, high = f["tau_ratio_interval"]
-        slow, fast = f["net_speed_range"]
-        lines.append(
-            f"| {name} against {f['original']} | {f['tau_ratio']:.3f} [{low:.3f}, {high:.3f}] "
-            f"| {f['net_speed']:.3f} ({slow:.3f} to {fast:.3f}) | {f['predicted']:.3f} |"
-        )
+    if figures["comparisons"]:
+        lines += ["", "| this | against | tau ratio [95 %] | net speed (low to high) | predicted |"]
+        lines += ["|---|---|---|---|---|"]
+    for name, rows in figures["comparisons"].items():
+        for f in rows:
+            low, high = f["tau_ratio_interval"]
+            slow, fast = f["net_speed_range"]
+            lines.append(
+                f"| {name} | {f['with']} | {f['tau_ratio']:.3f} [{low:.3f}, {high:.3f}] "
+                f"| {f['net_speed']:.3f} ({slow:.3f} to {fast:.3f}) | {f['predicted']:.3f} |"
+            )
     return "\n".join(lines)
+
+
+def draft_name(method: dict) -> str:
+    size = f"tree of {method['nodes']}, {method['gamma']} deep"
+    chosen = " (chosen)" if method["chosen"] else ""
+    return (size if method["nodes"] else f"chain of {method['gamma']}") + chosen
 
 
 def plot_bench(result: dict, path: Path) -> None:
@@ -126,14 +135,14 @@ def plot_bench(result: dict, path: Path) -> None:
     predicted = [f["predicted_speedup"] for f in heads.values()]
     left.plot(places, predicted, "D", color="black", label="tau / (c_verify + c_draft)")
     left.axhline(1.0, color="gray", linestyle="--", label="plain decoding")
-    labels = [f"{name}\ntau {f['tau']:.2f}" for name, f in heads.items()]
-    left.set_xticks(places, labels)
+    labels = [f"{name}, tau {f['tau']:.2f}" for name, f in heads.items()]
+    left.set_xticks(places, labels, rotation=25, ha="right")
     left.set(ylabel="speedup (x)", title="Speed of decoding, plain decoding = 1")
     left.legend()
     for name, f in heads.items():
         chances = f["conditional_acceptance"]
         right.plot(range(1, len(chances) + 1), chances, marker="o", label=name)
-    right.set_xticks(range(1, result["config"]["gamma"] + 1))
+    right.set_xticks(range(1, max(len(f["conditional_acceptance"]) for f in heads.values()) + 1))
     right.set(xlabel="draft position", ylabel="share accepted", ylim=(0, 1))
     right.set(title="Chance of acceptance, given that all before were")
     right.legend()

@@ -11,6 +11,8 @@ import math
 import torch
 from torch import Tensor
 
+from cli import UserError
+
 SMALLEST = 1e-30  # floor of temperature and top_p: smaller ones are 0 in float32
 
 
@@ -50,3 +52,57 @@ def sample(p: Tensor, u: Tensor) -> Tensor:
     cumulative = p.cumsum(-1, dtype=torch.float64)
     threshold = u[..., None].double() * cumulative[..., -1:]  # < the sum: never past the end
     return torch.searchsorted(cumulative, threshold, right=True)[..., 0]
+
+
+def draw(q: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """`count` different tokens (..., count), drawn from q (..., V) without putting back.
+
+    The first has the law q, the second that of q without the first, and so on: all tokens race,
+    each arriving after an exponential time of rate q, and the first `count` win. Where q has fewer
+    tokens than that, the last ones drawn have q = 0.
+    """
+    times = torch.empty(q.shape, dtype=torch.float64, device=q.device)
+    return (q / times.exponential_(generator=generator)).topk(count).indices
+
+
+class Sampler:
+    """The sampling rule of one text, and its random numbers."""
+
+    def __init__(self, device, temperature=0.0, top_k=None, top_p=None, seed=None, explain=False):
+        """`explain`: also give what greedy decoding has no need of, to be shown.
+
+        Raises UserError for values out of range.
+        """
+        if not (math.isfinite(temperature) and temperature >= 0):
+            raise UserError(f"temperature is {temperature}, it must be a finite number from 0 on")
+        if top_k is not None and top_k < 0:
+            raise UserError(f"top_k is {top_k}, it must be 0 (no limit) or more")
+        if top_p is not None and not 0 < top_p <= 1:
+            raise UserError(f"top_p is {top_p}, it must be above 0 and at most 1")
+        if seed is not None and not 0 <= seed < 2**63:
+            raise UserError(f"seed is {seed}, it must lie between 0 and 2^63 - 1")
+        self.temperature, self.top_k, self.top_p = temperature, top_k, top_p
+        self.device, self.explain = device, explain
+        self.generator = torch.Generator(device)
+        self.generator.manual_seed(seed) if seed is not None else self.generator.seed()
+
+    def law(self, logits: Tensor) -> Tensor:
+        return distribution(logits, self.temperature, self.top_k, self.top_p)
+
+    def uniforms(self, n: int) -> Tensor:
+        return torch.rand(n, generator=self.generator, device=self.device, dtype=torch.float64)
+
+    def children(self, logits: Tensor, count: int) -> tuple[Tensor, Tensor | None]:
+        """`count` tokens (k, count) to follow each of k nodes, and the q (k, V) they come from.
+
+        Greedy drafts take the likeliest ones, and there is no q: they are no samples.
+        """
+        if self.temperature == 0:
+            best = argmax(logits)[:, None] if count == 1 else logits.topk(count).indices
+            return best, logits.float().softmax(-1) if self.explain else None
+        q = self.law(logits)
+        return draw(q, count, self.generator), q
+
+    def shown(self, p: Tensor | None, logits: Tensor) -> Tensor:
+        """The target's p for on-lookers: greedy decoding itself needs none."""
+        return logits.float().softmax(-1) if p is None else p

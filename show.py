@@ -9,14 +9,25 @@ import sys
 
 
 class Printer:
-    """Text as it is written: accepted drafts in colour, characters only once they are whole."""
+    """Text as it is written: accepted drafts in colour, characters only once they are whole.
 
-    def __init__(self, encoding):
-        self.encoding = encoding
+    With `trace` each cycle is told in words instead.
+    """
+
+    def __init__(self, encoding, trace: bool = False):
+        self.encoding, self.trace, self.cycles = encoding, trace, 0
         self.colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
         self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
-    def show(self, token: int, accepted: bool) -> None:
+    def show(self, cycle) -> None:
+        if self.trace:
+            print("\n".join(trace_lines(self.cycles, cycle, self.encoding)))
+        for i, token in enumerate(cycle.tokens if not self.trace else ()):
+            if token != self.encoding.eot_token:
+                self.write(token, accepted=i < cycle.accepted)
+        self.cycles += 1
+
+    def write(self, token: int, accepted: bool) -> None:
         text = harmless(self.decoder.decode(self.encoding.decode_bytes([token])))
         print(f"\033[32m{text}\033[0m" if accepted and self.colour else text, end="", flush=True)
 
@@ -30,31 +41,69 @@ def harmless(text: str) -> str:
     return "".join(shown)
 
 
-def trace_lines(cycle, encoding) -> list[str]:
-    """A cycle in words: each drafted token with p(x), q(x), u and the verdict."""
-
-    def quoted(token: int) -> str:
-        text = encoding.decode_bytes([token]).decode("utf-8", "backslashreplace")
-        shown = repr(text)
-        return shown if len(shown) <= 24 else shown[:20] + "..." + shown[-1]
-
-    lines, own = [], quoted(cycle.tokens[-1])
+def trace_lines(number: int, cycle, encoding) -> list[str]:
+    """A cycle in words, at most 100 columns wide: each drafted node, the verdict, the time."""
+    draft, accepted = cycle.draft, set(cycle.path[1 : cycle.accepted + 1])
+    tokens, parents = draft.tokens.tolist(), draft.shape.parents.tolist()
+    sampled = cycle.u is not None and draft.q is not None
+    own = cycle.tokens[-1]
     ended = cycle.accepted == len(cycle.tokens)  # by a stop token inside the draft
-    for i, token in enumerate(cycle.draft.tolist()):
-        p_x, q_x, u = cycle.p[i, token].item(), cycle.q[i, token].item(), cycle.u[i].item()
-        if i > cycle.accepted or i == cycle.accepted and ended:
-            lines.append(f"  {quoted(token):24} dropped: it came after the last token in use")
-            continue
-        verdict = "accept" if i < cycle.accepted else "REJECT"
-        reason = f"u {u:.3f} {'<' if verdict == 'accept' else '>='} min(1, p/q)"
-        lines.append(f"  {quoted(token):24} p {p_x:.3f}  q {q_x:.3f}  {reason:24} {verdict}")
+    end = cycle.path[cycle.accepted]  # the last node in use
+    ms = {phase: 1000 * seconds for phase, seconds in cycle.seconds.items()}
+    if number == 0:
+        return [f"prefill {ms['prefill']:.1f} ms: {quoted(own, encoding)} from the target's p"]
+    q = draft.confidence
+    if q is None and draft.q is not None:
+        q = draft.q[draft.shape.parents].gather(-1, draft.tokens[:, None])[:, 0]
+    p = cycle.p[draft.shape.parents].gather(-1, draft.tokens[:, None])[:, 0].tolist()
+
+    def verdict(node: int) -> str:
+        parent = parents[node]
+        if node in accepted:
+            return "accept: u < p / q" if sampled else "accept: the target's own choice"
+        if parent == end and ended:
+            return "dropped: the text has ended"
+        if parent != 0 and parent not in accepted:
+            return "dropped with what it follows"
+        chosen = [other for other in accepted if parents[other] == parent]
+        if not sampled:
+            choice = quoted(tokens[chosen[0]] if chosen else own, encoding, 12)
+            return f"REJECT: the target chose {choice}"
+        return (
+            "not tried: another was accepted"
+            if chosen and chosen[0] < node
+            else "REJECT: u >= p / q"
+        )
+
+    def below(parent: int, depth: int) -> list[str]:
+        lines = []
+        for node in range(1, len(tokens)):
+            if parents[node] == parent:
+                name = "  " * min(depth, 8) + quoted(tokens[node], encoding)
+                figures = f"p {p[node]:.3f}  q {q[node]:.3f}"
+                figures += f"  u {cycle.u[node - 1]:.3f}" if sampled else ""
+                lines += [f"{name:40} {figures}  {verdict(node)}", *below(node, depth + 1)]
+        return lines
+
     if ended:
-        why = f"{own} ends the text"
-    elif cycle.accepted == len(cycle.draft):
-        why = f"{own} from p: " + ("all were accepted" if lines else "nothing was drafted")
+        why = "ends the text"
+    elif end not in parents[1:]:
+        why = "from the target's p: nothing was drafted after" if end else "from the target's p"
     else:
-        why = f"{own} from the residual max(0, p - q)"
-    return [*lines, f"  + {why}"]
+        why = "from the residual, what p has more than q" if sampled else "the target's own choice"
+    return [
+        f"cycle {number}: drafted {len(tokens) - 1}, accepted {cycle.accepted}, wrote "
+        f"{len(cycle.tokens)}; draft {ms['draft']:.1f} ms, verify {ms['verify']:.1f}, "
+        f"rest {ms['other']:.1f}",
+        *below(0, 1),
+        f"  + {quoted(own, encoding)} {why}",
+    ]
+
+
+def quoted(token: int, encoding, width: int = 24) -> str:
+    """A token in quotes, cut to `width` columns."""
+    shown = repr(encoding.decode_bytes([token]).decode("utf-8", "backslashreplace"))
+    return shown if len(shown) <= width else shown[: width - 4] + "..." + shown[-1]
 
 
 def compare(name: str, result, baseline) -> str:

@@ -1,11 +1,12 @@
-"""Speculative decoding: draft a few tokens cheaply, verify them all in one pass of the target.
+"""Speculative decoding: draft some tokens cheaply, verify them all in one pass of the target.
 
 A language model writes one token a pass, and a pass over eight tokens costs hardly more than a
 pass over one, since most of its time goes into reading the weights. So, again and again:
 
-    draft    a small head guesses the next gamma tokens, one distribution q and one token each
-    verify   the target reads all of them in ONE pass, which gives its own p at each position
-    accept   the longest prefix that passes the rule below, and one more token from the target
+    draft    a small head guesses the next tokens: a chain of gamma, or a tree with several guesses
+             for each place, one distribution q after each of its nodes
+    verify   the target reads all of them in ONE pass, which gives its own p after each node
+    accept   the longest path that passes the rule below, and one more token from the target
 
 **The rule** (arXiv 2211.17192, 2302.01318). A drafted token x is accepted with probability
 min(1, p(x) / q(x)). At the first rejection the target's token is drawn from the residual
@@ -14,41 +15,38 @@ one more token is drawn from p at the end. In all, x is written there with proba
 
     q(x) min(1, p(x)/q(x))  +  P(reject) * residual(x)  =  min(p, q)(x) + max(0, p - q)(x)  =  p(x)
 
-because P(reject) is the sum of max(0, p - q), just what norm divides by. The p at the i-th place is
-the target's after i drafted tokens, and is used only if all of these were accepted; so this holds
-at every place, and the text has exactly the target's distribution, however bad the draft. Greedy
-decoding is the same rule with one-hot p and q: accept while the draft is the target's own choice.
+because P(reject) is the sum of max(0, p - q), just what norm divides by. The p at a place is the
+target's after the tokens drafted before, and is used only if all of these were accepted; so this
+holds at every place, and the text has exactly the target's distribution, however bad the draft.
+
+**Trees**: after a rejection the residual takes the place of p and the next sibling is tried, drawn
+from q without those tried before (`verify_tree`). **Tokens that are not drawn**, because the draft
+just names its likeliest ones, have a one-hot q. The same rule then says: accept x with probability
+p(x), else the next one with p scaled to what is left. That is to draw *one* token from p and to
+see whether it was drafted (`match`). Greedy decoding is this with a one-hot p.
 
 What we gain is the **acceptance length** tau, the tokens written per pass of the target, from 1 to
-gamma + 1; what we pay is the drafting. Read `verify` and `generate` first; the rest is sampling,
-timing and printing. Read next: draft_head.py for where q comes from, bench.py for the numbers.
+gamma + 1; what we pay is the drafting. Read the rules and `generate` first; the rest is the command
+line. Read next: tree.py and draft_head.py for where drafts come from, bench.py for the numbers.
 """
 
 import math
 import sys
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from cli import (
-    Stopwatch,
-    UserError,
-    choose_device,
-    choose_dtype,
-    describe_device,
-    option,
-    parse,
-    run,
-)
-from data import build_encoding, encode
-from draft_head import load_head, trained_heads
-from model import GPT, load_target
-from sampling import distribution, sample
-from show import Printer, compare, trace_lines
+from cli import Stopwatch, UserError, describe_device, number_or_auto, option, parse, run
+from costs import best_size
+from data import encode
+from model import GPT, check_prompt
+from runs import find_run, load
+from sampling import Sampler, argmax, sample
+from show import Printer, compare
+from tree import Draft, Shape, deepest, fixed_tree, plan_draft
 
-# --------------------------------------------------------------------------------- the rule
+# -------------------------------------------------------------------------------- the rules
 
 
 def acceptance_probability(p_x: Tensor, q_x: Tensor) -> Tensor:
@@ -67,13 +65,11 @@ def residual(p: Tensor, q: Tensor) -> Tensor:
 
 
 def verify(p: Tensor, q: Tensor, draft: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
-    """How many drafted tokens are accepted (...), and the token that follows them (...).
+    """A sampled chain: how many tokens are accepted (...), and the token that follows them (...).
 
     p (..., gamma + 1, V): the target's distributions; q (..., gamma, V): those that `draft`
     (..., gamma) was drawn from; u (..., gamma + 1): uniforms in [0, 1).
     """
-    if draft.shape[-1] == 0:  # nothing to judge: plain decoding does not pay for the rule
-        return draft.sum(-1), sample(p[..., 0, :], u[..., 0])
     p_x = p[..., :-1, :].gather(-1, draft[..., None])[..., 0]  # (..., gamma)
     q_x = q.gather(-1, draft[..., None])[..., 0]
     accept = u[..., :-1] < acceptance_probability(p_x, q_x)
@@ -85,6 +81,62 @@ def verify(p: Tensor, q: Tensor, draft: Tensor, u: Tensor) -> tuple[Tensor, Tens
     return accepted, sample(following, u[..., -1])
 
 
+def without(q: Tensor, x: Tensor) -> Tensor:
+    """norm(q without x), q (..., V), x (..., 1); all 0 where nothing else is left."""
+    rest = q.scatter(-1, x, 0.0)
+    total = rest.sum(-1, keepdim=True)
+    return torch.where(total > 0, rest / total, 0.0)
+
+
+def verify_tree(p: Tensor, q: Tensor, tokens: Tensor, shape: Shape, u: Tensor):
+    """A sampled tree of fixed shape: the last accepted node (), and the token that follows ().
+
+    p, q (N + 1, V): the target's and the draft's distributions after each node; siblings were drawn
+    from q one after the other, without putting back. u (N + 1,): uniforms, one for each drafted
+    node and one for the last token. After a rejection *both* change: p to the residual, and q to
+    what the next sibling was drawn from (2402.14160). All nodes judge their r-th child at once.
+    """
+    passes_to = torch.zeros_like(tokens)  # the child that each node accepts; 0: none
+    for child in shape.children.T:  # (N + 1,)
+        x = tokens[child][:, None]
+        p_x, q_x = p.gather(-1, x)[:, 0], q.gather(-1, x)[:, 0]
+        tried = (child > 0) & (passes_to == 0) & (q_x > 0)
+        accept = tried & (u[child - 1] < acceptance_probability(p_x, q_x))
+        passes_to = torch.where(accept, child, passes_to)
+        rejected = (tried & ~accept)[:, None]
+        p, q = torch.where(rejected, residual(p, q), p), torch.where(rejected, without(q, x), q)
+    here = torch.arange(len(tokens), device=tokens.device)
+    node = deepest(passes_to[shape.parents] == here, shape)
+    return node, sample(p[node], u[-1])
+
+
+def match(tokens: Tensor, shape: Shape, choice: Tensor) -> tuple[Tensor, Tensor]:
+    """A tree that was not sampled: the last accepted node (), and the token that follows ().
+
+    choice (N + 1,): the target's own token after each node, its argmax or a sample of its p. Where
+    a child carries it, that child is accepted; where none does, it is the token that follows.
+    """
+    if len(tokens) == 1:  # nothing was drafted: plain decoding does not pay for the rule
+        return shape.depth[0], choice[0]
+    node = deepest(tokens == choice[shape.parents], shape)
+    return node, choice[node]
+
+
+def accept(draft: Draft, logits: Tensor, sampler: Sampler):
+    """What a draft comes to, by the rule that is its own: (node (), next token (), p, u).
+
+    logits (N + 1, V): the target's after each node.
+    """
+    if sampler.temperature == 0:
+        return *match(draft.tokens, draft.shape, argmax(logits)), None, None
+    p, u = sampler.law(logits), sampler.uniforms(len(logits))
+    if draft.q is None:
+        return *match(draft.tokens, draft.shape, sample(p, u)), p, u
+    if draft.shape.children.shape[1] == 1:
+        return *verify(p, draft.q[:-1], draft.tokens[1:], u), p, u
+    return *verify_tree(p, draft.q, draft.tokens, draft.shape, u), p, u
+
+
 # ------------------------------------------------------------------------------ the decoder
 
 
@@ -94,10 +146,11 @@ class Cycle:
 
     tokens: list[int]  # written: accepted drafts, then the target's own unless a stop token came
     accepted: int  # how many of these tokens were drafted
-    draft: Tensor  # (n,), n <= gamma tokens; none at the prefill and in plain decoding
-    p: Tensor  # (n + 1, V)
-    q: Tensor  # (n, V)
-    u: Tensor  # (n + 1,)
+    draft: Draft
+    path: list[int]  # the accepted nodes, the root first
+    p: Tensor  # (N + 1, V): what the target's tokens come from; at temperature 0, its softmax
+    u: Tensor | None  # (N + 1,); none at temperature 0
+    seconds: dict[str, float]  # of each phase
 
 
 @dataclass
@@ -106,8 +159,8 @@ class Generation:
 
     tokens: list[int] = field(default_factory=list)  # the new ones, a stop token included
     produced: list[int] = field(default_factory=list)  # written by each cycle; prefill's not here
-    # Cycles that drafted all of gamma and did not end at a stop token inside the draft. Near the
-    # token limit less is drafted, so cycles that were cut can only be the last ones.
+    # Cycles that drafted as deep as gamma and did not end at a stop token inside the draft. Near
+    # the token limit less is drafted, so cycles that were cut can only be the last ones.
     uncut_cycles: int = 0
     prefill_seconds: float = 0.0  # the target reading the prompt
     seconds: float = 0.0  # all that comes after it, `on_cycle` excepted
@@ -129,35 +182,6 @@ class Generation:
         return (len(self.tokens) - 1) / self.seconds if len(self.tokens) > 1 else math.nan
 
 
-def check_request(
-    target: GPT, prompt: list[int], max_new_tokens, head, gamma, temperature, top_k, top_p, seed
-):
-    """Raise UserError for what cannot be decoded."""
-    vocab_size, context = target.config.vocab_size, target.config.context
-    if not prompt:
-        raise UserError("the prompt is empty: give at least one character")
-    if len(prompt) >= context:
-        raise UserError(
-            f"the prompt has {len(prompt)} tokens, this target reads at most {context - 1}"
-        )
-    if min(prompt) < 0 or max(prompt) >= vocab_size:
-        raise UserError(f"the prompt has tokens outside the vocabulary of {vocab_size}")
-    if max_new_tokens < 1:
-        raise UserError(f"max_new_tokens is {max_new_tokens}, it must be at least 1")
-    if gamma < 1:
-        raise UserError(f"gamma is {gamma}, at least 1 token has to be drafted")
-    if head is not None and head.max_draft is not None and gamma > head.max_draft:
-        raise UserError(f"gamma is {gamma}, but this head drafts at most {head.max_draft} tokens")
-    if not (math.isfinite(temperature) and temperature >= 0):
-        raise UserError(f"temperature is {temperature}, it must be a finite number from 0 on")
-    if top_k is not None and top_k < 0:
-        raise UserError(f"top_k is {top_k}, it must be 0 (no limit) or more")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise UserError(f"top_p is {top_p}, it must be above 0 and at most 1")
-    if seed is not None and not 0 <= seed < 2**63:
-        raise UserError(f"seed is {seed}, it must lie between 0 and 2^63 - 1")
-
-
 @torch.inference_mode()
 def generate(
     target: GPT,
@@ -165,93 +189,36 @@ def generate(
     max_new_tokens: int,
     head=None,
     gamma: int = 4,
+    nodes: int = 0,
     temperature: float = 0.0,
     top_k: int | None = None,
     top_p: float | None = None,
     seed: int | None = None,
     stop_token: int | None = None,
     on_cycle=None,
+    plan=None,
 ) -> Generation:
     """Continue the prompt by up to `max_new_tokens`, fewer at a stop token or the window's end.
 
-    `head=None` is plain autoregressive decoding: the same loop with nothing drafted. `on_cycle` is
-    called with a `Cycle` after each; the time it takes is not counted. The same seed gives the same
-    text again; with and without a head the texts differ, and only their distribution is the same.
-    Raises UserError for a request that cannot be met.
+    `head=None` is plain autoregressive decoding: the same loop with nothing drafted. A head drafts
+    `gamma` tokens in a chain, or a tree of `nodes` tokens at most `gamma` deep, or by a `plan` of
+    tree.py. `on_cycle` is called with a `Cycle` after each; the time it takes is not counted. The
+    same seed gives the same text again; with and without a head the texts differ, and only their
+    distribution is the same. Raises UserError for a request that cannot be met.
     """
-    check_request(
-        target, prompt_tokens, max_new_tokens, head, gamma, temperature, top_k, top_p, seed
-    )
+    check_prompt(target.config, prompt_tokens)
+    if max_new_tokens < 1:
+        raise UserError(f"max_new_tokens is {max_new_tokens}, it must be at least 1")
     device = target.embed.weight.device
-    limit = min(max_new_tokens, target.config.context - len(prompt_tokens))
-    generator = torch.Generator(device)
-    generator.manual_seed(seed) if seed is not None else generator.seed()
+    sampler = Sampler(device, temperature, top_k, top_p, seed, explain=on_cycle is not None)
     watch, out = Stopwatch(device), Generation()
-
-    def uniforms(n: int) -> Tensor:
-        return torch.rand(n, generator=generator, device=device, dtype=torch.float64)
-
-    def law(logits: Tensor) -> Tensor:
-        return distribution(logits, temperature, top_k, top_p)
-
-    def choose(logits: Tensor) -> tuple[Tensor, Tensor]:
-        q = law(logits)  # (1, V)
-        return sample(q, uniforms(1)), q
-
-    # Prefill: read the prompt in one pass, and let the target write one token.
-    cache = target.new_cache()
+    if head is None:
+        plan = fixed_tree((), device)
+    elif plan is None:
+        plan = plan_draft(head, gamma, nodes, target)
     prompt = torch.tensor(prompt_tokens, device=device)  # (T,)
-    hidden = target(prompt[None], cache)  # (1, T, D)
-    p, u = law(target.lm_head(hidden[0, -1:])), uniforms(1)
-    last = sample(p, u)  # (1,): written, but not yet read by the target
-    no_draft, no_q = last[:0], p[:0]
-    new = last.tolist()
-    out.tokens += new
-    watch.lap("prefill")
-    if on_cycle:
-        on_cycle(Cycle(new, 0, no_draft, p, no_q, u))
-        watch.lap("callback")
-    if head is not None:
-        state = head.start(target.config.context)
-    # To the head the prompt is like a draft that was accepted whole.
-    draft, count = prompt[1:], len(prompt) - 1
-
-    while len(out.tokens) < limit and new[-1] != stop_token:
-        # Draft: at most what can still be written, less the one token that the target adds.
-        n = min(gamma, limit - len(out.tokens) - 1) if head is not None else 0
-        if n > 0:
-            # What is certain since the last cycle: its accepted drafts and the target's own token.
-            # The head reads each beside the state that led to it, the one just before it.
-            certain = torch.cat([draft[:count], last])[None]  # (1, count + 1)
-            head.absorb(state, certain, hidden[:, : count + 1])
-            draft, q = (guess[0] for guess in head.draft(state, n, choose))
-        else:
-            draft, q = no_draft, no_q
-        watch.lap("draft")
-
-        # Verify: one pass over the last written token and the draft.
-        hidden = target(torch.cat([last, draft])[None], cache)  # (1, n + 1, D)
-        p = law(target.lm_head(hidden[0]))  # (n + 1, V)
-        watch.lap("verify")
-
-        # Accept. Numbers leave the device in `tolist`, once a cycle. Of the n + 1 tokens just read
-        # the cache forgets the rejected ones; the one that follows has not been read yet.
-        u = uniforms(n + 1)
-        accepted, last = (result[None] for result in verify(p, q, draft, u))  # (1,) each
-        *new, count, follows = torch.cat([draft, accepted, last]).tolist()
-        cache.rollback(cache.length - (n - count))
-        new = new[:count] + [follows]
-        cut = stop_token in new[:-1]
-        if cut:
-            new = new[: new.index(stop_token) + 1]
-        out.tokens += new
-        out.produced.append(len(new))
-        out.uncut_cycles += n == (gamma if head is not None else 0) and not cut
-        watch.lap("other")
-        if on_cycle:
-            on_cycle(Cycle(new, min(count, len(new)), draft, p, q, u))
-            watch.lap("callback")
-
+    limit = min(max_new_tokens, target.config.context - len(prompt_tokens))
+    decode(target, head, plan, prompt, limit, sampler, stop_token, on_cycle, watch, out)
     seconds = watch.seconds()
     out.prefill_seconds = seconds.pop("prefill")
     out.draft_seconds, out.verify_seconds = seconds["draft"], seconds["verify"]
@@ -259,40 +226,64 @@ def generate(
     return out
 
 
-# ---------------------------------------------------------------------------- trained runs
+def decode(target, head, plan, prompt, limit, sampler, stop_token, on_cycle, watch, out) -> None:
+    """The algorithm: prefill, then draft, verify and accept, over and over. Fills `out`."""
+    root_only = fixed_tree((), prompt.device).shape
+    # Prefill: read the prompt in one pass, and let the target write one token.
+    cache = target.new_cache(target.config.context + plan.slots)
+    hidden = target(prompt[None], cache)  # (1, T, D)
+    draft = Draft(prompt[-1:], root_only)
+    _, last, p, u = accept(draft, logits := target.lm_head(hidden[0, -1:]), sampler)
+    new, path = [last.item()], [0]
+    out.tokens += new
+    watch.lap("prefill")
+    if on_cycle:
+        on_cycle(Cycle(new, 0, draft, path, sampler.shown(p, logits), u, watch.seconds(1)))
+        watch.lap("callback")
+    state = head.start(target.config.context + plan.slots) if head is not None else None
+    # What became certain, each token beside the target's state before it.
+    certain, states = torch.cat([prompt[1:], last[None]]), hidden  # (T,), (1, T, D)
 
+    while len(out.tokens) < limit and new[-1] != stop_token:
+        # Draft: no deeper than what can still be written, less the one token the target adds.
+        depth = min(plan.depth, limit - len(out.tokens) - 1)
+        draft = Draft(last[None], root_only)
+        if depth > 0:
+            head.absorb(state, certain[None], states)
+            draft = plan.draft(head, state, last[None], depth, sampler.children)
+        watch.lap("draft")
 
-def find_run(out_dir: str | None) -> Path:
-    """The run's folder; None is the newest one that has a target."""
-    if out_dir is not None:
-        return Path(out_dir)
-    targets = sorted(Path("out").glob("*/target.pt"), key=lambda path: path.stat().st_mtime)
-    if not targets:
-        raise UserError(
-            "there is no trained run under out/: run `python train.py` first (about 35 minutes on "
-            "two CPU cores), or `python train.py --preset smoke` (half a minute, writes nonsense)"
-        )
-    return targets[-1].parent
+        # Verify: one pass over the last written token and all that was drafted after it.
+        start, shape = cache.length, draft.shape
+        where = (start + shape.depth, shape.ancestors) if depth > 0 else ()
+        hidden = target(draft.tokens[None], cache, *where)  # (1, N + 1, D)
+        logits = target.lm_head(hidden[0])  # (N + 1, V)
+        watch.lap("verify")
 
-
-def load(out_dir=None, head: str | None = "eagle-koala", device="auto", dtype="auto"):
-    """(target, head, encoding) of a trained run, ready for `generate`.
-
-    `out_dir=None` is the newest run; `head` is the name of a head in it, a path, or None.
-    """
-    folder, device = find_run(out_dir), choose_device(device)
-    target, checkpoint = load_target(folder / "target.pt", device, choose_dtype(dtype, device))
-    if head is not None:
-        head = load_head(head_path(folder, head), target, checkpoint["fingerprint"])
-    return target, head, build_encoding(checkpoint["tokenizer"])
-
-
-def head_path(folder: Path, head: str) -> Path:
-    """Where the head of this name, or at this path, is. Raises UserError, naming those there are."""
-    path = Path(head) if head.endswith(".pt") else folder / f"{head}.pt"
-    if not path.is_file() and (names := trained_heads(folder)):
-        raise UserError(f"there is no head at {path}; trained here: {', '.join(names)}")
-    return path
+        # Accept. Numbers leave the device in `tolist`, once a cycle.
+        node, last, p, u = accept(draft, logits, sampler)
+        numbers = torch.cat([draft.tokens, shape.parents, node[None], last[None]]).tolist()
+        *numbers, node, follows = numbers
+        tokens, parents = numbers[: len(numbers) // 2], numbers[len(numbers) // 2 :]
+        path = [node]
+        while path[-1] != 0:
+            path.append(parents[path[-1]])
+        path.reverse()
+        cache.keep(start, path)  # what was read and rejected is forgotten
+        if head is not None:
+            kept = torch.tensor(path, device=prompt.device)
+            certain, states = torch.cat([draft.tokens[kept[1:]], last[None]]), hidden[:, kept]
+        new = [tokens[i] for i in path[1:]] + [follows]
+        if cut := stop_token in new[:-1]:
+            new = new[: new.index(stop_token) + 1]
+        out.tokens += new
+        out.produced.append(len(new))
+        out.uncut_cycles += depth == plan.depth and not cut
+        watch.lap("other")
+        if on_cycle:
+            accepted, p = min(len(path) - 1, len(new)), sampler.shown(p, logits)
+            on_cycle(Cycle(new, accepted, draft, path, p, u, watch.seconds(3)))
+            watch.lap("callback")
 
 
 # ------------------------------------------------------------------------ the command line
@@ -305,7 +296,14 @@ class SpeculateConfig:
     )
     out_dir: str | None = option(None, "the run's folder; default: the newest under out/")
     head: str = option("eagle-koala", "a trained head's name, a path to one, or none")
-    gamma: int = option(4, "tokens to draft in each cycle")
+    gamma: int | str = option(
+        4,
+        "tokens to draft in a chain, or depth of the tree; auto: by measurement",
+        type=number_or_auto,
+    )
+    nodes: int | str = option(
+        0, "tokens of a drafted tree; 0: a chain; auto: by measurement", type=number_or_auto
+    )
     max_new_tokens: int = option(128, "tokens to write")
     temperature: float = option(0.0, "0 is greedy; higher is more varied")
     top_k: int = option(0, "sample from the k likeliest tokens only; 0: from all")
@@ -314,6 +312,7 @@ class SpeculateConfig:
     trace: bool = option(False, "show what every cycle drafted, accepted and why it stopped")
     device: str = option("auto", "auto, cpu or cuda")
     dtype: str = option("auto", "to decode in", choices=["auto", "float32", "bfloat16", "float64"])
+    compile: bool = option(False, "have torch compile the target's layers")
 
 
 def main() -> None:
@@ -321,33 +320,29 @@ def main() -> None:
     folder = find_run(config.out_dir)
     prompt = sys.stdin.buffer.read() if config.prompt == "-" else config.prompt
     head_name = None if config.head == "none" else config.head
-    target, head, encoding = load(folder, head_name, config.device, config.dtype)
+    target, head, encoding = load(folder, head_name, config.device, config.dtype, config.compile)
     weight = target.embed.weight
-    print(f"run {folder}, head {config.head}, {describe_device(weight.device)}, {weight.dtype}\n")
+    dtype = f"{str(weight.dtype).removeprefix('torch.')} ({target.why_dtype})"
+    print(f"run {folder}, head {config.head}, {describe_device(weight.device)}, {dtype}")
+    gamma, nodes = config.gamma, config.nodes
+    if head is not None and "auto" in (gamma, nodes):
+        size = best_size(target, head, gamma, nodes, config.temperature)
+        gamma, nodes = size.gamma, size.nodes
+        print(f"drafting {size}, by measurement")
+    print()
     request = dict(
         prompt_tokens=encode(encoding, prompt),
         max_new_tokens=config.max_new_tokens,
-        gamma=config.gamma,
+        gamma=gamma,
+        nodes=nodes,
         temperature=config.temperature,
         top_k=config.top_k,
         top_p=config.top_p,
         seed=config.seed,
         stop_token=encoding.eot_token,
     )
-    printer = Printer(encoding)
-    cycles = 0
-
-    def on_cycle(cycle: Cycle) -> None:
-        nonlocal cycles
-        if config.trace:
-            print(f"cycle {cycles}" if cycles else "prefill")
-            print("\n".join(trace_lines(cycle, encoding)))
-        cycles += 1
-        for i, token in enumerate(cycle.tokens):
-            if not config.trace and token != encoding.eot_token:
-                printer.show(token, accepted=i < cycle.accepted)
-
-    generate(target, head=head, on_cycle=on_cycle, **request)
+    printer = Printer(encoding, config.trace)
+    generate(target, head=head, on_cycle=printer.show, **request)
     printer.finish()
 
     baseline = generate(target, head=None, **request)

@@ -30,7 +30,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import data
-from cli import UserError, bfloat16_is_faster, choose_device, describe_device, parse, run
+from cli import (
+    UserError,
+    bfloat16_is_faster,
+    choose_device,
+    compile_layers,
+    describe_device,
+    parse,
+    run,
+)
 from discriminator import Discriminator, adversarial_loss, discriminator_loss, exact_logits, health
 from draft_head import HeadConfig, build_head, save_head, trained_heads
 from features import Features, Text, bits_per_byte, measure_acceptance, spread
@@ -91,13 +99,14 @@ def train_target(config: TrainConfig, text: Text, device, autocast) -> None:
         f"target: {count / 1e6:.1f} M parameters, {steps} steps of {per_step} x {config.context} "
         f"tokens, {optimizer_name}"
     )
-    forward = compiled(target, config)
+    if config.compile:
+        compile_layers(target)
     byte_counts = text.byte_counts.to(device)
     for step in stage:
         index = batch_indices(len(windows), per_step, step, config.seed)
         rows = windows[index].long().to(device)  # (B, T + 1)
         with autocast():
-            logits = target.lm_head(forward(rows[:, :-1]))
+            logits = target.lm_head(target(rows[:, :-1]))
         loss = F.cross_entropy(logits.float().flatten(0, 1), rows[:, 1:].flatten())
         target.zero_grad()
         loss.backward()
@@ -127,20 +136,6 @@ def train_target(config: TrainConfig, text: Text, device, autocast) -> None:
     )
     save_target(config.folder / "target.pt", target, text.tokenizer, record)
     stage.finish()
-
-
-def compiled(module: nn.Module, config: TrainConfig):
-    """`module`, compiled where asked for and possible."""
-    if not config.compile:
-        return module
-    try:
-        fast = torch.compile(module)
-        fast(torch.zeros(1, 8, dtype=torch.long, device=next(module.parameters()).device))
-        return fast
-    except Exception as error:  # no compiler, an unsupported Python: many reasons, one remedy
-        reason = " ".join(str(error).split())[:100]
-        print(f"--compile does not work here ({reason}): going on without")
-        return module
 
 
 # ------------------------------------------------------------------------------------- heads

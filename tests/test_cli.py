@@ -20,17 +20,17 @@ import torch
 
 import speculate
 import train
-from cli import UserError, choose_device, choose_dtype, parse
+from cli import UserError, choose_device, parse
 from recipe import HEADS, PRESETS, TrainConfig
 
 ROOT = Path(__file__).parent.parent
 SPEAK = ["--prompt", "The cat", "--max_new_tokens", "12", "--device", "cpu"]
 
 
-def script(name: str, *argv, cwd=ROOT, stdin: bytes = b"") -> subprocess.CompletedProcess:
+def script(name: str, *argv, cwd=ROOT, stdin: bytes = b"", **variables):
     """The real thing: another process."""
     command = [sys.executable, str(ROOT / name), *map(str, argv)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} | variables
     return subprocess.run(command, cwd=cwd, input=stdin, capture_output=True, env=environment)
 
 
@@ -161,7 +161,7 @@ def test_what_is_written_is_shown_once_and_without_colour_in_a_pipe(speak):
 
 def test_a_seed_decides_what_is_sampled(speak):
     pages = [speak("--temperature", "1", "--seed", seed)[1] for seed in ("1", "1", "2")]
-    texts = [page.split("\nautoregressive")[0] for page in pages]
+    texts = [page.split("\n", 1)[1].split("\nautoregressive")[0] for page in pages]
     assert texts[0] == texts[1] != texts[2]
 
 
@@ -169,8 +169,33 @@ def test_a_trace_shows_every_cycle_in_lines_of_at_most_100_columns(speak):
     status, out, _ = speak("--trace", "--temperature", "1", "--gamma", "4")
     assert status == 0 and max(map(len, out.splitlines()[1:])) <= 100
     assert "prefill" in out and "cycle 1" in out
-    assert re.search(r"p 0\.\d+  q 0\.\d+  u 0\.\d+ (<|>=) min\(1, p/q\)", out)
-    assert out.count("\n  + ") == out.count("cycle ") + 1  # prefill's too
+    assert re.search(r"p [01]\.\d+  q [01]\.\d+  u 0\.\d+  (accept: u <|REJECT: u >=) p / q", out)
+    assert out.count("\n  + ") == out.count("\ncycle ")
+
+
+def test_a_traced_tree_is_indented_by_depth(speak):
+    status, out, _ = speak("--trace", "--nodes", "9", "--gamma", "3")
+    assert status == 0 and max(map(len, out.splitlines()[1:])) <= 100
+    assert re.search(r"cycle 1: drafted 9, accepted \d, wrote \d; draft \d+\.\d ms, verify", out)
+    assert re.search(r"^  '.*\n    '", out, re.M) and "the target chose" in out
+
+
+@pytest.mark.parametrize("head", ["medusa", "eagle-koala"])
+@pytest.mark.parametrize("size", [("--nodes", "auto"), ("--gamma", "auto")], ids=str)
+def test_the_size_of_a_draft_can_be_left_to_measurement(speak, head, size, monkeypatch):
+    monkeypatch.setattr("costs.SECONDS", 0.0)
+    status, out, _ = speak("--head", head, *size)
+    assert status == 0 and "the two outputs are identical" in out
+    assert re.search(r"drafting a (chain|tree) of \d+.*, by measurement", out)
+
+
+def test_without_a_compiler_compiling_costs_a_line_and_nothing_else(tiny_run, tmp_path):
+    cache = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "CXX": "no-such-compiler"}
+    done = script("speculate.py", *SPEAK, "--out_dir", tiny_run.folder, "--compile", **cache)
+    out = done.stdout.decode()
+    assert done.returncode == 0, done.stderr
+    assert "--compile does not work here" in out.splitlines()[0]
+    assert "the two outputs are identical" in out
 
 
 @pytest.mark.parametrize("raw", [b"The cat\n", b"\xff\xfe invalid \xc3", "日本 😀".encode()])
@@ -302,8 +327,6 @@ def test_devices_and_dtypes_by_name():
     cpu = torch.device("cpu")
     assert choose_device("cpu") == cpu
     assert choose_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
-    assert choose_dtype("auto", cpu) == torch.float32
-    assert choose_dtype("float64", cpu) == torch.float64
     with pytest.raises(UserError, match="abacus"):
         choose_device("abacus")
 

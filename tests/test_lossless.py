@@ -9,6 +9,7 @@ accepted, so it is compared with a head that reads the finished text at once.
 """
 
 import math
+import re
 from functools import cache
 from types import SimpleNamespace
 
@@ -22,6 +23,7 @@ from toys import (
     ScriptedHead,
     ScriptedTarget,
     chi_square_p_value,
+    draft_chain,
     law_of_text,
     reference_text,
     tiny_head,
@@ -31,6 +33,7 @@ from toys import (
 from cli import UserError
 from show import Printer, harmless, trace_lines
 from speculate import generate
+from tree import chain, fixed_tree
 
 PROMPT_LENGTHS = (1, 2, 7, 22, 23)  # of a context of 24
 GAMMAS = (1, 2, 4, 8)
@@ -87,7 +90,8 @@ def test_greedy_text_is_the_targets_own(target, head, gamma, prompts):
 
     def count(cycle):
         nonlocal drafted, accepted
-        drafted, accepted = drafted + len(cycle.draft), accepted + cycle.accepted
+        drafted += len(cycle.draft.tokens) - 1
+        accepted += cycle.accepted
 
     for prompt in prompts:
         expected = generate(target, prompt, 100).tokens
@@ -162,18 +166,16 @@ def test_a_head_drafts_as_one_that_reads_the_certain_text_at_once(
 ):
     """And it does so again when asked again: a draft leaves nothing behind."""
 
-    def first_choice(logits):
-        return logits.argmax(-1), logits
-
     class Checked(Recorder):
-        def draft(self, state, n, choose):
-            drafted = super().draft(state, n, choose)
+        def absorb(self, state, tokens, hidden):
+            super().absorb(state, tokens, hidden)
             fresh = self.head.start(target.config.context)
             self.head.absorb(fresh, torch.tensor([self.tokens]), torch.stack(self.hidden)[None])
-            again, other = (self.head.draft(s, n, first_choice) for s in (state, fresh))
-            assert torch.equal(again[0], drafted[0]) and torch.equal(other[0], drafted[0])
-            torch.testing.assert_close(again[1], other[1], rtol=0, atol=1e-10)
-            return drafted
+            n = min(gamma, target.config.context - len(self.tokens) - 1)
+            first, again, other = (draft_chain(self.head, s, n) for s in (state, state, fresh))
+            for tokens, logits in (again, other):
+                assert torch.equal(tokens, first[0])
+                torch.testing.assert_close(logits, first[1], rtol=0, atol=1e-10)
 
     for prompt in prompts[:3]:
         generate(target, prompt, 100, head=Checked(trained(kind, 2)), gamma=gamma)
@@ -258,7 +260,7 @@ def test_the_last_token_before_the_limit_is_not_drafted():
     """13 tokens: one by prefill, five by either of two whole cycles, one is left."""
     result, cycles = scripted(max_new_tokens=12)
     assert result.tokens == SCRIPT[2:14]
-    assert [len(cycle.draft) for cycle in cycles] == [0, 4, 4, 0]
+    assert [len(cycle.draft.tokens) - 1 for cycle in cycles] == [0, 4, 4, 0]
     assert result.produced == [5, 5, 1]
     assert result.uncut_cycles == 2  # the short one says nothing about the head
     assert result.acceptance_length == 5
@@ -329,7 +331,7 @@ def sampled_head(kind, sampled_target):
     return tiny_head(kind, 1, sampled_target, num_heads=2)
 
 
-def sampled(target, head, samples: int, **sampling) -> tuple[float, float]:
+def sampled(target, head, samples: int, plan=None, **sampling) -> tuple[float, float]:
     """(p-value of the text against the target's exact law, share of the drafts accepted)."""
     vocab, drafted, accepted = target.config.vocab_size, 0, 0
     law = law_of_text(target, [0, 1], WRITTEN, **sampling)
@@ -337,11 +339,20 @@ def sampled(target, head, samples: int, **sampling) -> tuple[float, float]:
 
     def note(cycle):
         nonlocal drafted, accepted
-        drafted, accepted = drafted + len(cycle.draft), accepted + cycle.accepted
+        drafted += len(cycle.draft.tokens) - 1
+        accepted += cycle.accepted
 
     for seed in range(samples):
         result = generate(
-            target, [0, 1], WRITTEN, head=head, gamma=2, seed=seed, on_cycle=note, **sampling
+            target,
+            [0, 1],
+            WRITTEN,
+            head=head,
+            gamma=2,
+            seed=seed,
+            on_cycle=note,
+            plan=plan,
+            **sampling,
         )
         cell = 0
         for token in result.tokens:
@@ -367,8 +378,9 @@ def test_sampled_text_has_the_law_that_top_k_and_top_p_leave(sampled_target, sam
     assert p_value > FALSE_ALARM
 
 
-def test_a_head_that_misreports_its_q_is_seen(sampled_target, sampled_head):
-    p_value, _ = sampled(sampled_target, Liar(sampled_head), 1500, temperature=1.0)
+def test_a_draft_that_misreports_its_q_is_seen(sampled_target, sampled_head):
+    liar = Liar(fixed_tree(chain(2), torch.device("cpu")))
+    p_value, _ = sampled(sampled_target, sampled_head, 1500, plan=liar, temperature=1.0)
     assert p_value < FALSE_ALARM
 
 
@@ -401,13 +413,13 @@ def test_cycles_tell_what_was_written(target, kind, temperature, prompts, traine
     assert [t for cycle in cycles for t in cycle.tokens] == result.tokens
     assert [len(cycle.tokens) for cycle in cycles[1:]] == result.produced
     for cycle in cycles:
-        gamma, vocab = len(cycle.draft), target.config.vocab_size
-        assert cycle.p.shape == (gamma + 1, vocab) and cycle.q.shape == (gamma, vocab)
-        assert cycle.u.shape == (gamma + 1,)
-        assert len(cycle.tokens) == cycle.accepted + 1
-        assert cycle.tokens[:-1] == cycle.draft[: cycle.accepted].tolist()
-        assert all(cycle.q[i, token] > 0 for i, token in enumerate(cycle.draft.tolist()))
-        assert all(cycle.p[i, token] > 0 for i, token in enumerate(cycle.tokens))
+        n, vocab, draft = len(cycle.draft.tokens), target.config.vocab_size, cycle.draft
+        assert cycle.p.shape == (n, vocab) and (draft.q is None or draft.q.shape == (n, vocab))
+        assert (cycle.u is None) == (temperature == 0) and cycle.path[0] == 0
+        assert len(cycle.tokens) == cycle.accepted + 1 == len(cycle.path)
+        assert cycle.tokens[:-1] == draft.tokens[cycle.path[1:]].tolist()
+        assert all(draft.q[i, token] > 0 for i, token in enumerate(draft.tokens[1:].tolist()))
+        assert all(cycle.p[i, token] > 0 for i, token in zip(cycle.path, cycle.tokens))
 
 
 def test_times_add_up(target, prompts):
@@ -469,7 +481,7 @@ def test_the_printer_shows_characters_only_once_they_are_whole(capsys):
     text = "naïve – 漢字 🐨."
     printer, seen = Printer(BYTES), ""
     for n, byte in enumerate(text.encode(), 1):
-        printer.show(byte, accepted=n % 2 == 0)
+        printer.write(byte, accepted=n % 2 == 0)
         written = capsys.readouterr().out
         assert "\ufffd" not in written and written in text
         seen += written
@@ -481,7 +493,7 @@ def test_the_printer_shows_characters_only_once_they_are_whole(capsys):
 def test_the_printer_ends_in_the_middle_of_a_character(capsys):
     printer = Printer(BYTES)
     for byte in "🐨".encode()[:2]:
-        printer.show(byte, accepted=False)
+        printer.write(byte, accepted=False)
     printer.finish()
     assert capsys.readouterr().out == "\ufffd\n"
 
@@ -489,7 +501,7 @@ def test_the_printer_ends_in_the_middle_of_a_character(capsys):
 def test_the_printer_escapes_control_characters(capsys):
     printer = Printer(BYTES)
     for byte in b"a\x1b[2J\n":
-        printer.show(byte, accepted=False)
+        printer.write(byte, accepted=False)
     assert capsys.readouterr().out == "a\\x1b[2J\n"
 
 
@@ -501,21 +513,33 @@ def spelt(words) -> SimpleNamespace:
 LETTERS = spelt([bytes([ord("a") + i]) for i in range(10)])
 
 
+def verdicts(lines: list[str]) -> list[str]:
+    return [re.search(r"(accept|REJECT|not tried|dropped)", line)[0] for line in lines]
+
+
 def test_the_trace_gives_each_verdict():
     _, cycles = scripted(wrong=[5])
-    assert trace_lines(cycles[0], LETTERS) == ["  + 'e' from p: nothing was drafted"]
-    *drafted, last = trace_lines(cycles[1], LETTERS)
-    assert [line.split()[-1] for line in drafted] == ["accept", "accept", "REJECT", "use"]
-    assert last == "  + 'j' from the residual max(0, p - q)"
-    assert trace_lines(cycles[2], LETTERS)[-1].endswith("from p: all were accepted")
+    assert trace_lines(0, cycles[0], LETTERS)[0].endswith("'e' from the target's p")
+    first, *drafted, last = trace_lines(1, cycles[1], LETTERS)
+    assert first.startswith("cycle 1: drafted 4, accepted 2, wrote 3; draft ")
+    assert verdicts(drafted) == ["accept", "accept", "REJECT", "dropped"]
+    assert last == "  + 'j' the target's own choice"
+    assert "nothing was drafted after" in trace_lines(2, cycles[2], LETTERS)[-1]
+
+
+def test_the_trace_of_a_tree_shows_every_branch():
+    plan = fixed_tree(((0,), (1,), (0, 0), (1, 0)), torch.device("cpu"))
+    _, cycles = scripted(wrong=[3], plan=plan)
+    _, *drafted, last = trace_lines(1, cycles[1], LETTERS)
+    assert verdicts(drafted) == ["REJECT", "dropped", "accept", "accept"]
+    assert [line.index("'") for line in drafted] == [2, 4, 2, 4]
 
 
 def test_the_trace_of_a_cycle_that_a_stop_token_ends():
     """What was drafted after the stop token was accepted: it must not be shown as rejected."""
     _, cycles = scripted(stop_token=5)
-    *drafted, last = trace_lines(cycles[-1], LETTERS)
-    assert [line.split()[-1] for line in drafted[:2]] == ["accept", "accept"]
-    assert not any("REJECT" in line for line in drafted)
+    _, *drafted, last = trace_lines(1, cycles[-1], LETTERS)
+    assert verdicts(drafted) == ["accept", "accept", "dropped", "dropped"]
     assert last == "  + 'f' ends the text"
 
 
@@ -532,6 +556,6 @@ def test_the_trace_of_a_cycle_that_a_stop_token_ends():
 )
 def test_a_trace_line_has_at_most_100_columns_and_no_control_characters(word):
     for cycle in scripted(wrong=[4, 5, 9])[1]:
-        for line in trace_lines(cycle, spelt([word] * 10)):
+        for line in trace_lines(12345, cycle, spelt([word] * 10)):
             assert line.isprintable()
             assert len(line) <= 100

@@ -12,11 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 from torch.nn import functional as F
+from toys import draft_chain
 
 import model
 from cli import UserError
 from draft_head import HeadConfig, build_head, load_head, save_head
 from model import GPT, GPTConfig, KVCache, fingerprint, load_checkpoint, load_target, save_target
+from tree import plan_draft
 
 CONFIG = GPTConfig(
     vocab_size=50, context=24, num_layers=2, width=24, num_heads=4, num_kv_heads=2, mlp_width=40
@@ -298,11 +300,6 @@ def new_head(kind: str, target: GPT, layers: int = 2, seed: int = 5):
     return randomized(head, seed).requires_grad_(False)
 
 
-def pick(logits: torch.Tensor):
-    """A greedy choice that hands the logits through where the distribution would be."""
-    return logits.argmax(-1), logits
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_layer_has_parameters_of_its_own(kind):
     target, counts = new_target(), []
@@ -363,7 +360,7 @@ def test_the_training_form_is_the_decoding_form(kind, layers, float64):
     for length in range(1, 12):
         state = head.start(CONFIG.context, batch=2)
         head.absorb(state, tokens[:, 1 : length + 1], hidden[:, :length])
-        _, drafted = head.draft(state, len(guess), pick)
+        _, drafted = draft_chain(head, state, len(guess))
         for i, logits in enumerate(guess):
             if length - 1 < logits.shape[1]:
                 torch.testing.assert_close(logits[:, length - 1], drafted[:, i], rtol=0, atol=1e-10)
@@ -378,11 +375,11 @@ def test_drafting_leaves_no_trace_in_what_is_absorbed_next(kind, float64):
     for length, drafts in [(4, 4), (5, 1), (9, 3), (10, 4), (17, 2)]:
         head.absorb(state, tokens[:, read + 1 : length + 1], hidden[:, read:length])
         read = length
-        once, again = (head.draft(state, drafts, pick)[1] for _ in range(2))
+        once, again = (draft_chain(head, state, drafts)[1] for _ in range(2))
         afresh = head.start(CONFIG.context)
         head.absorb(afresh, tokens[:, 1 : length + 1], hidden[:, :length])
         torch.testing.assert_close(once, again, rtol=0, atol=1e-10)
-        torch.testing.assert_close(once, head.draft(afresh, drafts, pick)[1], rtol=0, atol=1e-10)
+        torch.testing.assert_close(once, draft_chain(head, afresh, drafts)[1], rtol=0, atol=1e-10)
 
 
 def test_eagle_reads_each_drafted_token_with_the_state_it_guessed(float64):
@@ -390,7 +387,7 @@ def test_eagle_reads_each_drafted_token_with_the_state_it_guessed(float64):
     head, hidden = new_head("eagle", target), target(tokens[:, :-1])
     state = head.start(CONFIG.context)
     head.absorb(state, tokens[:, 1:], hidden)
-    drafted, logits = head.draft(state, 4, pick)
+    drafted, logits = draft_chain(head, state, 4)
     read, states = tokens[:, 1:], hidden  # the same, without a cache
     for i in range(4):
         feature = head.step(read, states)[:, -1:]
@@ -406,7 +403,7 @@ def test_a_batch_is_drafted_as_its_rows_are(kind, float64):
     def draft(rows: slice):
         state = head.start(CONFIG.context, batch=len(tokens[rows]))
         head.absorb(state, tokens[rows, 1:], hidden[rows])
-        return head.draft(state, 4, pick)
+        return draft_chain(head, state, 4)
 
     rows = [draft(slice(i, i + 1)) for i in range(3)]
     assert torch.equal(draft(slice(None))[0], torch.cat([row[0] for row in rows]))
@@ -422,10 +419,10 @@ def test_only_medusa_has_a_last_position():
         state = head.start(CONFIG.context)
         head.absorb(state, some_tokens(1, 2), target(some_tokens(1, 2)))
         if most:
-            with pytest.raises(ValueError, match="cannot draft 5"):
-                head.draft(state, 5, pick)
+            with pytest.raises(UserError, match="at most 4"):
+                plan_draft(head, 5, 0, target)
         else:
-            assert head.draft(state, 9, pick)[0].shape == (1, 9)
+            assert draft_chain(head, state, 9)[0].shape == (1, 9)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -52,11 +52,9 @@ def test_results_hold_every_sample_behind_their_figures():
     """The figures of each committed result are those that its own samples give."""
     for path in sorted(RESULTS.glob("*.json")):
         result = json.loads(path.read_text())
-        config = result["config"]
-        costs = result["isolated_seconds"]
-        again = evaluate(
-            config["gamma"], config["seed"], result["samples"], result["seconds"], costs
-        )
+        seed, costs = result["config"]["seed"], result["isolated_seconds"]
+        measured = result["samples"], result["seconds"], costs
+        again = evaluate(result["methods"], seed, *measured)
         assert_same(again, result["figures"])
 
 
@@ -66,6 +64,9 @@ def assert_same(ours, theirs, key: str = ""):
         assert ours.keys() == theirs.keys()
         for name in theirs:
             assert_same(ours[name], theirs[name], name)
+    elif isinstance(theirs, list) and theirs and isinstance(theirs[0], dict):
+        for one, other in zip(ours, theirs, strict=True):
+            assert_same(one, other, key)
     elif isinstance(theirs, str):
         assert ours == theirs, key
     else:
@@ -75,7 +76,7 @@ def assert_same(ours, theirs, key: str = ""):
 
 def sample(produced: list[int], uncut: int, loop: bool = False) -> dict:
     tokens = list(range(sum(produced) + 1))
-    entry = {"tokens": tokens, "produced": produced, "uncut_cycles": uncut}
+    entry = {"tokens": tokens, "produced": produced, "uncut_cycles": uncut, "phases": [2, 1, 1]}
     plain = {"tokens": tokens, "produced": [1] * (len(tokens) - 1), "uncut_cycles": len(tokens) - 1}
     return {"task": "code", "loop": loop, "methods": {"autoregressive": plain, "eagle": entry}}
 
@@ -83,8 +84,9 @@ def sample(produced: list[int], uncut: int, loop: bool = False) -> dict:
 def test_tau_is_tokens_over_uncut_cycles_summed_over_loop_free_prompts():
     samples = [sample([5, 1, 3], 2), sample([2, 2, 2, 2], 4), sample([5, 5, 5], 3, loop=True)]
     seconds = {"autoregressive": [[9.0, 8.0, 15.0]], "eagle": [[3.0, 4.0, 3.0]]}
-    costs = {"step": 1.0, "verify": 1.5, "eagle": 0.5}
-    figures = evaluate(4, 0, samples, seconds, costs)
+    costs = {"step": 1.0, "eagle": {"verify": 1.5, "draft": 0.5}}
+    methods = {"eagle": {"head": "eagle", "gamma": 4, "nodes": 0, "setting": "chain"}}
+    figures = evaluate(methods, 0, samples, seconds, costs)
     head = figures["heads"]["eagle"]
     assert head["tau"] == pytest.approx((5 + 1 + 2 + 2 + 2 + 2) / 6)
     assert head["tau_on_loops"] == pytest.approx(15 / 3)
@@ -92,9 +94,34 @@ def test_tau_is_tokens_over_uncut_cycles_summed_over_loop_free_prompts():
     assert head["conditional_acceptance"] == pytest.approx([5 / 6, 1 / 5, 1, 1])
     assert head["speedup"] == pytest.approx((17 / 7) / (17 / 17))
     assert head["predicted_speedup"] == pytest.approx(head["tau"] / 2)
+    assert head["elsewhere"] == pytest.approx(1 / 4)
     low, high = head["tau_interval"]
     assert low <= head["tau"] <= high
     assert figures["loop_free"] == 2
+
+
+def test_koala_is_compared_with_its_original_and_trees_with_their_chain():
+    entry = sample([3, 3], 2)["methods"]["eagle"]
+    settings = [
+        ("eagle", "chain"),
+        ("eagle-koala", "chain"),
+        ("eagle", "auto"),
+        ("eagle-koala", "auto"),
+    ]
+    methods = {f"{h} {s}": {"head": h, "setting": s, "gamma": 4, "nodes": 0} for h, s in settings}
+    row = sample([3, 3], 2)
+    row["methods"] |= {name: entry for name in methods}
+    seconds = {"autoregressive": [[6.0]]} | {name: [[3.0]] for name in methods}
+    seconds["eagle-koala chain"] = [[2.0]]
+    costs = {"step": 1.0} | {name: {"verify": 1.0, "draft": 1.0} for name in methods}
+    found = evaluate(methods, 0, [row], seconds, costs)["comparisons"]
+    pairs = {name: [other["with"] for other in rows] for name, rows in found.items()}
+    assert pairs == {
+        "eagle-koala chain": ["eagle chain"],
+        "eagle auto": ["eagle chain"],
+        "eagle-koala auto": ["eagle auto", "eagle-koala chain"],
+    }
+    assert found["eagle-koala chain"][0]["net_speed"] == pytest.approx(1.5)
 
 
 def test_a_text_that_repeats_itself_is_a_loop():

@@ -16,7 +16,8 @@ import pytest
 import torch
 from toys import FALSE_ALARM, chi_square_p_value, random_tables, rest_of, verdicts
 
-from speculate import acceptance_probability, distribution, residual, sample, verify
+from sampling import distribution, sample
+from speculate import acceptance_probability, residual, verify
 
 SAMPLING = {
     "plain": dict(temperature=1.0),

@@ -291,17 +291,19 @@ class Oracle:
         self.target, self.tokens, self.hidden, self.sign = target, tokens, hidden, sign
 
     def start(self, max_length, batch):
-        return [0]
+        return [0, 0]  # how much was absorbed, where the draft is
 
     def absorb(self, state, tokens, hidden):
         assert torch.equal(hidden, self.hidden[:, state[0] : state[0] + tokens.shape[1]])
         state[0] += tokens.shape[1]
 
-    def draft(self, state, n, choose):
-        for i in range(n):
-            place = state[0] + i
-            token, _ = choose(self.sign * self.target.lm_head(self.hidden[:, place]))
-            assert torch.equal(token, self.tokens[:, place + 1])  # the text itself is the path
+    def expand(self, state, tokens=None):
+        if tokens is None:
+            state[1] = state[0]
+        else:  # the text itself is the path
+            assert torch.equal(tokens, self.tokens[:, state[1] + 1, None])
+            state[1] += 1
+        return self.sign * self.target.lm_head(self.hidden[:, state[1], None])
 
 
 def test_a_perfect_head_is_measured_as_perfect_and_a_contrary_one_as_useless():
@@ -331,6 +333,15 @@ def test_the_first_position_is_measured_as_training_sees_it(kind):
     same = [(q[:, t].argmax(-1) == p[:, t + 1].argmax(-1)).float().mean() for t in places]
     alpha = [acceptance(p[:, t + 1].softmax(-1), q[:, t].softmax(-1)).mean() for t in places]
     assert measured["agree_1"] == pytest.approx(torch.stack(same).mean().item(), abs=1e-6)
+    by_rank = measure_acceptance(target, head, features, 3, stride=1, by_rank=True)
+    for r, (rank, mass) in enumerate(zip(by_rank["ranks"][0], by_rank["mass"][0])):
+        guess = [q[:, t].argsort(-1, descending=True)[:, r] for t in places]
+        right = [(g == p[:, t + 1].argmax(-1)).float().mean() for g, t in zip(guess, places)]
+        p_of = [
+            p[:, t + 1].softmax(-1).gather(-1, g[:, None]).mean() for g, t in zip(guess, places)
+        ]
+        assert rank == pytest.approx(torch.stack(right).mean().item(), abs=1e-6)
+        assert mass == pytest.approx(torch.stack(p_of).mean().item(), abs=1e-5)
     assert measured["alpha_1"] == pytest.approx(torch.stack(alpha).mean().item(), abs=1e-5)
 
 

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 
 from draft_head import HeadConfig, build_head
 from model import GPT, GPTConfig
-from speculate import acceptance_probability, distribution, residual
+from sampling import distribution
+from speculate import acceptance_probability, residual
 
 # A correct program fails a chi-square test at this level once in a billion runs.
 FALSE_ALARM = 1e-9
@@ -127,6 +128,15 @@ def tiny_head(kind: str, layers: int, target: GPT, steps: int = 0, num_heads: in
     return head.eval().requires_grad_(False)
 
 
+def draft_chain(head, state, n: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The n likeliest tokens (B, n), one after the other, and the logits they come from (B, n, V)."""
+    tokens, rows = [], []
+    for _ in range(n):
+        rows.append(head.expand(state, tokens[-1][:, None] if tokens else None)[:, 0])
+        tokens.append(rows[-1].argmax(-1))
+    return torch.stack(tokens, 1), torch.stack(rows, 1)
+
+
 def reference_text(target: GPT, prompt: list[int], count: int) -> list[int]:
     """Greedy decoding as one would write it down: no cache, no draft, the whole text each time."""
     text = list(prompt)
@@ -157,9 +167,9 @@ class ScriptedCache:
     def length(self) -> int:
         return len(self.tokens)
 
-    def rollback(self, length: int) -> None:
-        assert 0 <= length <= self.length
-        del self.tokens[length:]
+    def keep(self, start: int, path: list[int]) -> None:
+        assert path == sorted(set(path)) and path[0] == 0 and start + path[-1] < self.length
+        self.tokens[start:] = [self.tokens[start + place] for place in path]
 
 
 class ScriptedTarget:
@@ -175,31 +185,37 @@ class ScriptedTarget:
         self.embed = SimpleNamespace(weight=torch.zeros(1))
         self.vocab = vocab
 
-    def new_cache(self) -> ScriptedCache:
+    def new_cache(self, max_length: int) -> ScriptedCache:
         return ScriptedCache()
 
     def lm_head(self, hidden):
         return 10 * hidden
 
-    def __call__(self, tokens, cache):
+    def __call__(self, tokens, cache, positions=None, mask=None):
+        tokens, before = tokens[0].tolist(), list(cache.tokens)
+        mask = torch.ones(len(tokens), len(tokens)).tril().bool() if mask is None else mask
         following = []
-        for token in tokens[0].tolist():
-            cache.tokens.append(token)
-            good = cache.length < len(self.script) and cache.tokens == self.script[: cache.length]
-            following.append(self.script[cache.length] if good else 0)
+        for i, row in enumerate(mask.tolist()):
+            text = before + [token for token, seen in zip(tokens, row) if seen]
+            assert positions is None or positions[i] == len(text) - 1
+            good = len(text) < len(self.script) and text == self.script[: len(text)]
+            following.append(self.script[len(text)] if good else 0)
+        cache.tokens += tokens
         return F.one_hot(torch.tensor(following), self.vocab).double()[None]
 
 
 class ScriptedHead:
-    """Drafts `script[t]` for position t of the text, except where `wrong` says otherwise."""
+    """Drafts `script[t]` for position t of the text, except where `wrong` says otherwise.
 
-    max_draft = None
+    There the script's own token is its second choice: a tree can still have it.
+    """
+
+    max_draft, autoregressive = None, False
 
     def __init__(self, script: list[int], wrong=(), vocab: int = 10):
-        self.guesses = [
-            (token + 1) % vocab if t in wrong else token for t, token in enumerate(script)
-        ]
-        self.vocab = vocab
+        first = [(token + 1) % vocab if t in wrong else token for t, token in enumerate(script)]
+        second = F.one_hot(torch.tensor(script), vocab)
+        self.logits = 10.0 * F.one_hot(torch.tensor(first), vocab) + 5.0 * second
 
     def start(self, max_length: int):
         return SimpleNamespace(read=1)  # the text's first token has no state before it
@@ -208,10 +224,9 @@ class ScriptedHead:
         assert tokens.shape == hidden.shape[:2]
         state.read += tokens.shape[1]
 
-    def draft(self, state, n: int, choose):
-        guesses = torch.tensor(self.guesses[state.read : state.read + n])
-        chosen = [choose(row[None]) for row in 10 * F.one_hot(guesses, self.vocab).double()]
-        return tuple(torch.stack(part, 1) for part in zip(*chosen))
+    def expand(self, state, tokens=None, parents=None):
+        state.depth = 0 if tokens is None else state.depth + 1
+        return self.logits[None, None, state.read + state.depth]
 
 
 class Wrapped:
@@ -219,7 +234,7 @@ class Wrapped:
 
     def __init__(self, head):
         self.head = head
-        self.max_draft = head.max_draft
+        self.max_draft, self.autoregressive = head.max_draft, head.autoregressive
 
     def start(self, max_length: int):
         return self.head.start(max_length)
@@ -227,16 +242,20 @@ class Wrapped:
     def absorb(self, state, tokens, hidden) -> None:
         self.head.absorb(state, tokens, hidden)
 
-    def draft(self, state, n: int, choose):
-        return self.head.draft(state, n, choose)
+    def expand(self, state, tokens=None, parents=None):
+        return self.head.expand(state, tokens, parents)
 
 
-class Liar(Wrapped):
-    """It drafts from q, and reports the q of another temperature: decoding is no longer exact."""
+class Liar:
+    """A plan that drafts from q, and reports that of another temperature: no longer exact."""
 
-    def draft(self, state, n: int, choose):
-        tokens, q = self.head.draft(state, n, choose)
-        return tokens, q.sqrt() / q.sqrt().sum(-1, keepdim=True)
+    def __init__(self, plan):
+        self.plan, self.depth, self.slots = plan, plan.depth, plan.slots
+
+    def draft(self, *arguments):
+        draft = self.plan.draft(*arguments)
+        q = draft.q.sqrt()
+        return draft._replace(q=q / q.sum(-1, keepdim=True).clamp(min=1e-30))
 
 
 class Recorder(Wrapped):

@@ -1,0 +1,235 @@
+"""What a pass costs, and how large a draft pays for itself.
+
+The cost model (2211.17192, theorem 3.8, in measured units) says what speedup tau should give:
+
+    speedup = tau / (c_verify + c_draft)
+
+with c_verify the cost of a target pass over the whole draft and c_draft that of making the draft,
+both in units of one plain step. They are measured here in passes that accept nothing and write
+nothing: taken from a decoding run's own timers they would agree with its speed by construction.
+
+Conditions have to be those of decoding, or the model explains nothing. A step is measured among
+steps. A verification is measured after a draft, and a draft after a verification, since each finds
+the processor's caches as the other left them: alone, in a loop of its own, it is up to a tenth
+faster. `best_size` chooses the size of the draft that the model likes best.
+"""
+
+import copy
+import statistics
+import time
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from sampling import Sampler, argmax
+from tree import best_tree, chain, expected_length, plan_draft, rank_rates
+
+SECONDS = 1.5  # that `best_size` may measure for
+COUNTS = (1, 2, 4, 8, 16, 32)  # the passes it measures; those between are interpolated
+CHAINS = range(1, 9)
+TREES = (4, 6, 8, 10, 12, 16, 20, 24, 31)  # nodes; with the root at most 32 tokens a pass
+
+
+def synchronized_time(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+class Bench:
+    """A text of `length` tokens that has been read, and passes that can be made after it."""
+
+    @torch.inference_mode()
+    def __init__(self, target, length: int, extra: int):
+        """`extra`: the most tokens a pass will read."""
+        self.target, self.length, self.device = target, length, target.embed.weight.device
+        generator = torch.Generator().manual_seed(0)
+        shape = (1, length + extra)
+        vocab = target.config.vocab_size
+        self.tokens = torch.randint(vocab, shape, generator=generator).to(self.device)
+        self.cache = target.new_cache(target.config.context + extra)
+        self.hidden = target(self.tokens[:, :length], self.cache)
+
+    def target_pass(self, tokens, *where) -> None:
+        """One pass of the target and the numbers it is made for. Rolling back is free."""
+        self.cache.rollback(self.length)
+        argmax(self.target.lm_head(self.target(tokens, self.cache, *where)[0])).tolist()
+
+    def step(self) -> dict[str, float]:
+        return {"step": self.timed(self.target_pass, self.tokens[:, self.length - 1, None])}
+
+    def drafting(self, head, plan):
+        """A function that drafts as after a cycle that accepted a middling number of tokens."""
+        read = min(3, self.length - 1)
+        state = head.start(self.target.config.context + plan.slots)
+        before = self.length - read
+        head.absorb(state, self.tokens[:, 1 : before + 1], self.hidden[:, :before])
+        root, choose = self.tokens[0, self.length, None], Sampler(self.device).children
+        new = self.tokens[:, before + 1 : self.length + 1], self.hidden[:, before:]
+
+        def draft():
+            again = copy.copy(state)  # the same state each time: absorbing rolls its cache back
+            head.absorb(again, *new)
+            return plan.draft(head, again, root, plan.depth, choose)
+
+        return draft
+
+    def cycle(self, head, plan):
+        """A function that drafts, verifies, and returns the seconds of either."""
+        draft = self.drafting(head, plan)
+
+        def job() -> dict[str, float]:
+            begin = synchronized_time(self.device)
+            drafted = draft()
+            middle = synchronized_time(self.device)
+            shape = drafted.shape
+            self.target_pass(drafted.tokens[None], self.length + shape.depth, shape.ancestors)
+            end = synchronized_time(self.device)
+            return {"draft": middle - begin, "verify": end - middle}
+
+        return job
+
+    def timed(self, function, *arguments) -> float:
+        begin = synchronized_time(self.device)
+        function(*arguments)
+        return synchronized_time(self.device) - begin
+
+
+@torch.inference_mode()
+def isolated_costs(target, methods: dict, length: int, turns: int = 15) -> dict:
+    """Median seconds of a plain step, and of each method's drafting and verification.
+
+    methods: name -> (head, plan). -> {"step": s, name: {"draft": s, "verify": s}}. The jobs take
+    turns, so that a slow minute hits all of them; a turn is seven repetitions, the first two not
+    counted, since a decoder finds the caches as it left them itself.
+    """
+    bench = Bench(target, length, max((p.nodes for _, p in methods.values()), default=0) + 1)
+    jobs = {"step": bench.step}
+    jobs |= {name: bench.cycle(head, plan) for name, (head, plan) in methods.items()}
+    samples = {name: {} for name in jobs}
+    for _ in range(turns):
+        for name, job in jobs.items():
+            for repeat in range(7):
+                for phase, seconds in job().items():
+                    if repeat >= 2:
+                        samples[name].setdefault(phase, []).append(seconds)
+    medians = {
+        name: {phase: statistics.median(values) for phase, values in phases.items()}
+        for name, phases in samples.items()
+    }
+    return medians | {"step": medians["step"]["step"]}
+
+
+@torch.inference_mode()
+def choose_dtype(name: str, target) -> tuple[torch.dtype, str]:
+    """The dtype to decode in, and why. `auto`: what was faster just now, for this very target.
+
+    On CUDA that is bfloat16 wherever it is supported. On a CPU it depends on its instructions and
+    on the target's size, so that a plain step and a pass over 8 tokens are measured in both; a
+    tenth is asked for, since bfloat16 rounds more coarsely.
+    """
+    device = target.embed.weight.device
+    if name != "auto":
+        return getattr(torch, name), "as asked for"
+    if device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+        return (torch.bfloat16, "supported") if fast else (torch.float32, "bfloat16 unsupported")
+    middle = target.config.context // 2
+    samples = {torch.float32: [], torch.bfloat16: []}
+    benches = {dtype: Bench(copy.deepcopy(target).to(dtype), middle, 8) for dtype in samples}
+    for _ in range(6):
+        for dtype, bench in benches.items():
+            passes = [bench.tokens[:, middle : middle + n] for n in (1, 8)]
+            samples[dtype].append(sum(bench.timed(bench.target_pass, tokens) for tokens in passes))
+    float32, bfloat16 = (statistics.median(values[1:]) for values in samples.values())
+    why = f"a pass in bfloat16 takes {bfloat16 / float32:.1f} times as long as in float32"
+    return (torch.bfloat16 if bfloat16 < 0.9 * float32 else torch.float32), why
+
+
+# ------------------------------------------------------------------------ the size of a draft
+
+
+class Size(NamedTuple):
+    """A size of draft and what the model says of it."""
+
+    gamma: int
+    nodes: int  # 0: a chain
+    tau: float
+    c_verify: float
+    c_draft: float
+
+    @property
+    def speedup(self) -> float:
+        return self.tau / (self.c_verify + self.c_draft)
+
+    def __str__(self) -> str:
+        what = f"a tree of {self.nodes} tokens, at most {self.gamma} deep"
+        return (
+            f"{what if self.nodes else f'a chain of {self.gamma}'} (expected: tau {self.tau:.2f}, "
+            f"costs {self.c_verify:.2f} + {self.c_draft:.2f}, {self.speedup:.2f}x)"
+        )
+
+
+def expected_tau(head, gamma: int, nodes: int, temperature: float) -> float:
+    """tau by what a head's guesses were worth on validation text, all positions independent.
+
+    Greedily by how often each guess was the target's choice, else by alpha for a chain and by the
+    target's p of each guess for a tree, both at temperature 1. A growing tree is reckoned as the
+    best fixed one, which it should surpass.
+    """
+    rates = rank_rates(head, "mass" if temperature > 0 and nodes > 0 else "ranks")
+    if nodes == 0 and temperature > 0:
+        valid = head.training_record["valid"]
+        rates = [[valid[f"alpha_{i + 1}"]] for i in range(len(rates))]
+    return expected_length(rates, best_tree(rates, nodes, gamma) if nodes else chain(gamma))
+
+
+@torch.inference_mode()
+def size_costs(target, head, gammas: list[int], nodes: list[int]) -> tuple[dict, dict]:
+    """Seconds of passes {tokens: s} and of making drafts {(gamma, is it a tree): s}.
+
+    The passes and the drafts take turns for about SECONDS, at least twice after a round that does
+    not count: a large target takes longer.
+    """
+    middle = target.config.context // 2
+    counts = [n for n in COUNTS if n <= middle]
+    bench = Bench(target, middle, max(COUNTS))
+    jobs = {n: (bench.target_pass, bench.tokens[:, middle : middle + n]) for n in counts}
+    for gamma in gammas:  # what a tree costs to draft is a matter of its depth, hardly of its nodes
+        for some in {n > 0: n for n in nodes}.values():
+            plan = plan_draft(head, gamma, some, target)
+            jobs[gamma, some > 0] = (bench.drafting(head, plan),)
+    samples = {name: [] for name in jobs}
+    begin, rounds = time.perf_counter(), 0
+    while rounds < 3 or time.perf_counter() - begin < SECONDS:
+        for name, job in jobs.items():
+            samples[name].append(bench.timed(*job))
+        rounds += 1
+    seconds = {name: statistics.median(values[1:]) for name, values in samples.items()}
+    return {n: seconds.pop(n) for n in counts}, seconds
+
+
+def fastest(head, sizes: list, passes: dict, drafts: dict, temperature: float = 0.0) -> Size:
+    """Of the sizes (gamma, nodes) the one with the highest predicted speedup."""
+
+    def size(gamma: int, nodes: int) -> Size:
+        verify = np.interp((nodes or gamma) + 1, list(passes), list(passes.values())).item()
+        tau = expected_tau(head, gamma, nodes, temperature)
+        return Size(gamma, nodes, tau, verify / passes[1], drafts[gamma, nodes > 0] / passes[1])
+
+    return max((size(*pair) for pair in sizes), key=lambda size: size.speedup)
+
+
+def best_size(target, head, gamma: int | str, nodes: int | str, temperature=0.0) -> Size:
+    """The size of draft that promises the highest speed here; "auto" is what is to be chosen.
+
+    Raises UserError for what cannot be drafted, or without the record that tau is reckoned from.
+    """
+    deepest = min(head.max_draft or max(CHAINS), target.config.context // 4)
+    gammas = [g for g in CHAINS if g <= deepest] if gamma == "auto" else [gamma]
+    numbers = [0, *TREES] if nodes == "auto" else [nodes]
+    for g, n in ((gammas[-1], 0), (1, numbers[-1])):
+        plan_draft(head, g, n, target)
+    sizes = [(g, n) for g in gammas for n in numbers if n == 0 or n >= g]
+    return fastest(head, sizes, *size_costs(target, head, gammas, numbers), temperature)

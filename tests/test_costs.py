@@ -1,0 +1,114 @@
+"""The cost model chooses the size of drafts and explains speedups: a slip in it misleads both."""
+
+import pytest
+import torch
+from toys import tiny_head, tiny_target
+
+from cli import UserError
+from costs import Size, best_size, choose_dtype, expected_tau, fastest, isolated_costs, size_costs
+from tree import chain, fixed_tree, plan_draft
+
+SIZES = [(g, 0) for g in (1, 2, 4, 8)] + [(4, 8), (4, 16), (4, 31)]
+
+
+class Recorded:
+    """A head of which only its validation record is of interest."""
+
+    max_draft = None
+
+    def __init__(self, ranks, mass=None, alpha=(0.5, 0.4)):
+        record = {"ranks": ranks, "mass": mass or ranks}
+        record |= {f"alpha_{i + 1}": value for i, value in enumerate(alpha)}
+        self.training_record = {"valid": record}
+
+
+def costs(per_token: float, per_step: float) -> tuple[dict, dict]:
+    """A target whose pass costs 1 + `per_token` for each token beyond the first, and drafting."""
+    passes = {n: 1 + per_token * (n - 1) for n in (1, 2, 4, 8, 16, 32)}
+    return passes, {(g, tree): per_step * g for g in (1, 2, 4, 8) for tree in (False, True)}
+
+
+def test_a_perfect_head_is_worth_the_longest_chain():
+    best = fastest(Recorded([[1.0, 0.0]]), SIZES, *costs(0.01, 0.1))
+    assert (best.gamma, best.nodes) == (8, 0)
+    assert best.tau == pytest.approx(9)
+    assert best.speedup == pytest.approx(9 / (1 + 0.08 + 0.8))
+
+
+def test_a_useless_head_is_worth_the_least_draft():
+    assert fastest(Recorded([[0.0, 0.0]]), SIZES, *costs(0.01, 0.1))[:2] == (1, 0)
+
+
+def test_second_guesses_make_a_tree_worth_it_if_tokens_are_cheap():
+    head = Recorded([[0.5, 0.3, 0.1]])
+    assert fastest(head, SIZES, *costs(0.001, 0.01))[:2] == (4, 31)
+    assert fastest(head, SIZES, *costs(0.2, 0.01)).nodes == 0
+
+
+def test_costs_between_the_measured_passes_are_interpolated():
+    size = fastest(Recorded([[0.5, 0.3]]), [(4, 11)], *costs(0.5, 0.1))
+    assert size.c_verify == pytest.approx(1 + 0.5 * 11) and size.c_draft == pytest.approx(0.4)
+
+
+def test_tau_is_reckoned_from_what_decoding_will_do():
+    head = Recorded([[0.8, 0.1], [0.6, 0.1]], mass=[[0.3, 0.2], [0.3, 0.2]], alpha=(0.5, 0.4))
+    assert expected_tau(head, 3, 0, 0.0) == pytest.approx(1 + 0.8 + 0.48 + 0.288)
+    assert expected_tau(head, 3, 0, 1.0) == pytest.approx(1 + 0.5 + 0.2 + 0.08)
+    assert expected_tau(head, 1, 2, 0.0) == pytest.approx(1 + 0.8 + 0.1)
+    assert expected_tau(head, 1, 2, 1.0) == pytest.approx(1 + 0.3 + 0.2)
+
+
+@pytest.mark.parametrize("kind", ["medusa", "eagle"])
+@pytest.mark.parametrize("gamma, nodes", [("auto", 0), (3, "auto"), ("auto", "auto"), ("auto", 4)])
+def test_a_size_is_chosen_that_can_be_drafted(kind, gamma, nodes, monkeypatch):
+    monkeypatch.setattr("costs.SECONDS", 0.0)
+    target = tiny_target()
+    head = tiny_head(kind, 1, target)
+    head.training_record = Recorded([[0.5, 0.3, 0.1]] * 4).training_record
+    size = best_size(target, head, gamma, nodes)
+    plan_draft(head, size.gamma, size.nodes, target)
+    assert gamma in ("auto", size.gamma) and nodes in ("auto", size.nodes)
+    assert size.c_verify > 0 and size.c_draft > 0 and f"{size.speedup:.2f}x" in str(size)
+
+
+def test_without_a_record_nothing_can_be_chosen(monkeypatch):
+    monkeypatch.setattr("costs.SECONDS", 0.0)
+    target = tiny_target()
+    with pytest.raises(UserError, match="no record"):
+        best_size(target, tiny_head("eagle", 1, target), "auto", 0)
+
+
+def test_every_job_is_measured_and_leaves_its_cache_as_it_was():
+    target = tiny_target()
+    head = tiny_head("eagle", 1, target)
+    plans = {
+        "short": fixed_tree(chain(1), torch.device("cpu")),
+        "tree": plan_draft(head, 3, 6, target),
+    }
+    methods = {name: (head, plan) for name, plan in plans.items()}
+    measured = isolated_costs(target, methods, 12, turns=2)
+    assert set(measured) == {"step", "short", "tree"} and measured["step"] > 0
+    assert all(seconds > 0 for name in plans for seconds in measured[name].values())
+    passes, drafts = size_costs(target, head, [1, 2], [0, 4])
+    assert list(passes)[:4] == [1, 2, 4, 8]
+    assert set(drafts) == {(g, tree) for g in (1, 2) for tree in (False, True)}
+
+
+def test_a_size_says_what_it_is():
+    assert str(Size(4, 0, 3.0, 1.2, 0.3)).startswith("a chain of 4 (expected: tau 3.00")
+    assert str(Size(4, 9, 3.0, 1.2, 0.3)).startswith("a tree of 9 tokens, at most 4 deep (")
+
+
+def test_the_dtype_is_the_one_measured_faster(monkeypatch):
+    target = tiny_target().float()
+    assert choose_dtype("float64", target)[0] == torch.float64
+    for slow, chosen in [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)]:
+
+        def timed(bench, function, tokens, slow=slow):
+            function(tokens)
+            return 2.0 if bench.target.embed.weight.dtype == slow else 1.0
+
+        monkeypatch.setattr("costs.Bench.timed", timed)
+        dtype, why = choose_dtype("auto", target)
+        assert dtype == chosen and "times as long" in why
+        assert target.embed.weight.dtype == torch.float32  # measuring leaves it as it was
