@@ -275,7 +275,8 @@ def main() -> None:
         raise UserError("the text has changed since the target was trained: its split is unknown")
     text.use(trained["tokenizer"])
     candidates = load_prompts(config, text, encoding)
-    Sampler(weight.device, config.temperature, config.top_k, config.top_p, config.seed)
+    sampling = config.temperature, config.top_k, config.top_p, config.seed
+    sampler = Sampler(weight.device, *sampling)
     methods, ready = choose_methods(config, target, heads)
     depth = max(plan.depth for _, plan in ready.values())
     check_prompts(config, target, depth, candidates)
@@ -286,7 +287,8 @@ def main() -> None:
     features = Features(target, spread(rows, 64), 1.0, nullcontext)
     on_text = {n: measure_acceptance(target, head, features, 64) for n, head in heads.items()}
     middle = statistics.median(len(prompt) + room // 2 for (_, prompt), room in zip(prompts, rooms))
-    costs = isolated_costs(target, ready, min(int(middle), target.config.context - depth - 1))
+    middle = min(int(middle), target.config.context - depth - 1)
+    costs = isolated_costs(target, ready, middle, sampler)
     share = baseline_share(target, prompts[0][1], rooms[0], 5)
     samples, seconds = measure(config, target, ready, prompts)
     result = {

@@ -9,6 +9,7 @@ Whatever the user can mend is a `UserError`: `run` shows it as one line and exit
 
 import argparse
 import dataclasses
+import math
 import os
 import signal
 import sys
@@ -87,31 +88,43 @@ def choose_device(name: str) -> torch.device:
         raise UserError(f"--device {name}: there are {torch.cuda.device_count()} CUDA GPUs")
     if device.type not in ("cpu", "cuda"):
         raise UserError(f"--device {name}: only cpu and cuda are supported")
+    if device.index is not None and device.type == "cuda":
+        torch.cuda.set_device(device)  # so that it is this one whose work is waited for and timed
     return device
 
 
-def bfloat16_is_faster(device: torch.device) -> bool:
-    """Whether to train under autocast: measured, since not every CPU has instructions for it."""
+def bfloat16_cost(device: torch.device) -> float:
+    """The time of a matrix product in bfloat16, in units of float32's: measured on CPUs.
+
+    From a third, where there are instructions for matrices of it, over twice, where there are some
+    for vectors, to many times, where there are none.
+    """
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return 0.5 if torch.cuda.is_bf16_supported(including_emulation=False) else math.inf
     best = {}
     for dtype in (torch.float32, torch.bfloat16):
         a = torch.randn(512, 512, dtype=dtype)
-        best[dtype] = float("inf")
+        best[dtype] = math.inf
         for _ in range(5):
             start = time.perf_counter()
             a @ a
             best[dtype] = min(best[dtype], time.perf_counter() - start)
-    return best[torch.bfloat16] < 0.7 * best[torch.float32]
+    return best[torch.bfloat16] / best[torch.float32]
 
 
 def compile_layers(target) -> None:
     """Have torch compile the layers of a target; where that fails, say so and go on without."""
+    torch._dynamo.config.recompile_limit = 64  # one for each way to call a layer: with a mask, ...
+    tokens = torch.zeros(1, 4, dtype=torch.long, device=target.embed.weight.device)
+    nodes = torch.eye(4, dtype=torch.bool, device=tokens.device)
     for block in target.blocks:
         block.compile(dynamic=True)
     try:
-        with torch.no_grad():
-            target(torch.zeros(1, 4, dtype=torch.long, device=target.embed.weight.device))
+        with torch.inference_mode():  # as decoding calls it: a prompt, a token, a tree
+            cache = target.new_cache(16)
+            target(tokens, cache)
+            target(tokens[:, :1], cache)
+            target(tokens, cache, tokens[0] + 5, nodes)
     except Exception as error:  # no compiler, an unsupported Python: many reasons, one remedy
         torch.compiler.set_stance("force_eager")
         reason = " ".join(str(error).split())[:100]

@@ -1,6 +1,6 @@
 """What a pass costs, and how large a draft pays for itself.
 
-The cost model (2211.17192, theorem 3.8, in measured units) says what speedup tau should give:
+The cost model (2211.17192, theorem 3.8, in measured units) predicts the speedup from tau:
 
     speedup = tau / (c_verify + c_draft)
 
@@ -8,8 +8,8 @@ with c_verify the cost of a target pass over the whole draft and c_draft that of
 both in units of one plain step. They are measured here in passes that accept nothing and write
 nothing: taken from a decoding run's own timers they would agree with its speed by construction.
 
-Conditions have to be those of decoding, or the model explains nothing. A step is measured among
-steps. A verification is measured after a draft, and a draft after a verification, since each finds
+Conditions have to be those of decoding, or the model explains nothing. A plain step is measured
+among plain steps. A verification is measured after a draft, and a draft after a verification, since each finds
 the processor's caches as the other left them: alone, in a loop of its own, it is up to a tenth
 faster. `best_size` chooses the size of the draft that the model likes best.
 """
@@ -23,11 +23,11 @@ import numpy as np
 import torch
 
 from sampling import Sampler, argmax
-from tree import best_tree, chain, expected_length, plan_draft, rank_rates
+from tree import WIDTH, best_tree, chain, expected_length, fixed_tree, plan_draft, rank_rates
 
 SECONDS = 1.5  # that `best_size` may measure for
-COUNTS = (1, 2, 4, 8, 16, 32)  # the passes it measures; those between are interpolated
-CHAINS = range(1, 9)
+COUNTS = (1, 2, 4, 8, 16, 32)  # tokens of the passes it measures; the rest is interpolated
+CHAINS = range(1, 9)  # depths it considers
 TREES = (4, 6, 8, 10, 12, 16, 20, 24, 31)  # nodes; with the root at most 32 tokens a pass
 
 
@@ -41,9 +41,10 @@ class Bench:
     """A text of `length` tokens that has been read, and passes that can be made after it."""
 
     @torch.inference_mode()
-    def __init__(self, target, length: int, extra: int):
-        """`extra`: the most tokens a pass will read."""
+    def __init__(self, target, length: int, extra: int, sampler: Sampler | None = None):
+        """`extra`: the most tokens a pass will read. `sampler`: the rule of drafting, or greedy."""
         self.target, self.length, self.device = target, length, target.embed.weight.device
+        self.sampler = sampler or Sampler(self.device)
         generator = torch.Generator().manual_seed(0)
         shape = (1, length + extra)
         vocab = target.config.vocab_size
@@ -56,8 +57,17 @@ class Bench:
         self.cache.rollback(self.length)
         argmax(self.target.lm_head(self.target(tokens, self.cache, *where)[0])).tolist()
 
+    def read(self, count: int) -> float:
+        """Seconds of a pass over `count` tokens: a plain step, or a tree of count - 1 nodes."""
+        tokens = self.tokens[:, self.length : self.length + count]
+        if count == 1:
+            return self.timed(self.target_pass, tokens)
+        shape = fixed_tree(tuple((r,) for r in range(count - 1)), self.device).shape
+        where = self.length + shape.depth, shape.ancestors
+        return self.timed(self.target_pass, tokens, *where)
+
     def step(self) -> dict[str, float]:
-        return {"step": self.timed(self.target_pass, self.tokens[:, self.length - 1, None])}
+        return {"step": self.read(1)}
 
     def drafting(self, head, plan):
         """A function that drafts as after a cycle that accepted a middling number of tokens."""
@@ -65,7 +75,7 @@ class Bench:
         state = head.start(self.target.config.context + plan.slots)
         before = self.length - read
         head.absorb(state, self.tokens[:, 1 : before + 1], self.hidden[:, :before])
-        root, choose = self.tokens[0, self.length, None], Sampler(self.device).children
+        root, choose = self.tokens[0, self.length, None], self.sampler.children
         new = self.tokens[:, before + 1 : self.length + 1], self.hidden[:, before:]
 
         def draft():
@@ -97,14 +107,15 @@ class Bench:
 
 
 @torch.inference_mode()
-def isolated_costs(target, methods: dict, length: int, turns: int = 15) -> dict:
+def isolated_costs(target, methods: dict, length: int, sampler=None, turns: int = 15) -> dict:
     """Median seconds of a plain step, and of each method's drafting and verification.
 
     methods: name -> (head, plan). -> {"step": s, name: {"draft": s, "verify": s}}. The jobs take
     turns, so that a slow minute hits all of them; a turn is seven repetitions, the first two not
     counted, since a decoder finds the caches as it left them itself.
     """
-    bench = Bench(target, length, max((p.nodes for _, p in methods.values()), default=0) + 1)
+    most = max((plan.nodes for _, plan in methods.values()), default=0) + 1
+    bench = Bench(target, length, most, sampler)
     jobs = {"step": bench.step}
     jobs |= {name: bench.cycle(head, plan) for name, (head, plan) in methods.items()}
     samples = {name: {} for name in jobs}
@@ -140,8 +151,7 @@ def choose_dtype(name: str, target) -> tuple[torch.dtype, str]:
     benches = {dtype: Bench(copy.deepcopy(target).to(dtype), middle, 8) for dtype in samples}
     for _ in range(6):
         for dtype, bench in benches.items():
-            passes = [bench.tokens[:, middle : middle + n] for n in (1, 8)]
-            samples[dtype].append(sum(bench.timed(bench.target_pass, tokens) for tokens in passes))
+            samples[dtype].append(bench.read(1) + bench.read(8))
     float32, bfloat16 = (statistics.median(values[1:]) for values in samples.values())
     why = f"a pass in bfloat16 takes {bfloat16 / float32:.1f} times as long as in float32"
     return (torch.bfloat16 if bfloat16 < 0.9 * float32 else torch.float32), why
@@ -174,37 +184,46 @@ class Size(NamedTuple):
 def expected_tau(head, gamma: int, nodes: int, temperature: float) -> float:
     """tau by what a head's guesses were worth on validation text, all positions independent.
 
-    Greedily by how often each guess was the target's choice, else by alpha for a chain and by the
-    target's p of each guess for a tree, both at temperature 1. A growing tree is reckoned as the
-    best fixed one, which it should surpass.
+    Greedily by how often each guess was the target's choice. Else, from figures at temperature 1,
+    by alpha for a chain, by the target's p of each guess for a growing tree, and for a sampled one
+    by alpha for first guesses and p for the others, which is an approximation. A growing tree is
+    reckoned as the best fixed one of its width, which it should surpass.
     """
-    rates = rank_rates(head, "mass" if temperature > 0 and nodes > 0 else "ranks")
-    if nodes == 0 and temperature > 0:
-        valid = head.training_record["valid"]
-        rates = [[valid[f"alpha_{i + 1}"]] for i in range(len(rates))]
-    return expected_length(rates, best_tree(rates, nodes, gamma) if nodes else chain(gamma))
+    ranks = rates = rank_rates(head, "ranks")
+    if temperature > 0:
+        valid, rates = head.training_record["valid"], rank_rates(head, "mass")
+        if nodes == 0 or not head.autoregressive:
+            rates = [[valid[f"alpha_{i + 1}"], *row[1:]] for i, row in enumerate(rates)]
+    if nodes == 0:
+        return expected_length(rates, chain(gamma))
+    if head.autoregressive:
+        ranks = rates = [row[:WIDTH] for row in rates]
+    return expected_length(rates, best_tree(ranks, nodes, gamma))
 
 
 @torch.inference_mode()
-def size_costs(target, head, gammas: list[int], nodes: list[int]) -> tuple[dict, dict]:
+def size_costs(target, head, sizes: list, temperature: float = 0.0) -> tuple[dict, dict]:
     """Seconds of passes {tokens: s} and of making drafts {(gamma, is it a tree): s}.
 
-    The passes and the drafts take turns for about SECONDS, at least twice after a round that does
-    not count: a large target takes longer.
+    sizes: pairs (gamma, nodes). The passes and the drafts take turns for about SECONDS, at least
+    twice after a round that does not count: a large target takes longer. (Alternating among all of
+    these is harder on the caches than decoding is; it is meant to compare sizes, and is brief.)
     """
-    middle = target.config.context // 2
-    counts = [n for n in COUNTS if n <= middle]
-    bench = Bench(target, middle, max(COUNTS))
-    jobs = {n: (bench.target_pass, bench.tokens[:, middle : middle + n]) for n in counts}
-    for gamma in gammas:  # what a tree costs to draft is a matter of its depth, hardly of its nodes
-        for some in {n > 0: n for n in nodes}.values():
-            plan = plan_draft(head, gamma, some, target)
-            jobs[gamma, some > 0] = (bench.drafting(head, plan),)
+    context, longest = target.config.context, max(gamma for gamma, _ in sizes)
+    most = max(nodes or gamma for gamma, nodes in sizes) + 1
+    counts = [n for n in COUNTS if n < most] + [most]
+    sampler = Sampler(target.embed.weight.device, temperature)
+    bench = Bench(target, min(context // 2, context - longest - 1), most, sampler)
+    jobs = {n: (bench.read, n) for n in counts}
+    drafts = {}  # what a tree costs to draft is a matter of its depth, hardly of its nodes
+    for gamma, nodes in sizes:
+        drafts[gamma, nodes > 0] = plan_draft(head, gamma, nodes, target)
+    jobs |= {key: (bench.timed, bench.drafting(head, plan)) for key, plan in drafts.items()}
     samples = {name: [] for name in jobs}
     begin, rounds = time.perf_counter(), 0
     while rounds < 3 or time.perf_counter() - begin < SECONDS:
-        for name, job in jobs.items():
-            samples[name].append(bench.timed(*job))
+        for name, (job, argument) in jobs.items():
+            samples[name].append(job(argument))
         rounds += 1
     seconds = {name: statistics.median(values[1:]) for name, values in samples.items()}
     return {n: seconds.pop(n) for n in counts}, seconds
@@ -226,10 +245,14 @@ def best_size(target, head, gamma: int | str, nodes: int | str, temperature=0.0)
 
     Raises UserError for what cannot be drafted, or without the record that tau is reckoned from.
     """
-    deepest = min(head.max_draft or max(CHAINS), target.config.context // 4)
+    for given in ((1 if gamma == "auto" else gamma, 0), (1, 0 if nodes == "auto" else nodes)):
+        plan_draft(head, *given, target)  # refuses what cannot be drafted
+    deepest = min(head.max_draft or max(CHAINS), target.config.context - 4)
     gammas = [g for g in CHAINS if g <= deepest] if gamma == "auto" else [gamma]
+    gammas = sorted({min(g, target.config.context - 4) for g in gammas})
     numbers = [0, *TREES] if nodes == "auto" else [nodes]
-    for g, n in ((gammas[-1], 0), (1, numbers[-1])):
-        plan_draft(head, g, n, target)
-    sizes = [(g, n) for g in gammas for n in numbers if n == 0 or n >= g]
-    return fastest(head, sizes, *size_costs(target, head, gammas, numbers), temperature)
+    # A tree has to be able to reach its depth, and to hold its nodes within it.
+    fits = [(g, n) for g in gammas for n in numbers if g <= n <= WIDTH * (1 + WIDTH * (g - 1))]
+    sizes = [(g, 0) for g in gammas if 0 in numbers] + fits
+    sizes = sizes or [(g, n) for g in gammas for n in numbers]
+    return fastest(head, sizes, *size_costs(target, head, sizes, temperature), temperature)

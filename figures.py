@@ -48,7 +48,7 @@ def evaluate(methods: dict, seed: int, samples: list, seconds: dict, costs: dict
             if keep
             for length in s["methods"][name]["produced"][: s["methods"][name]["uncut_cycles"]]
         ]
-        deepest = max(accepted, default=0)
+        deepest = methods[name]["gamma"]
         reached = [sum(a >= i for a in accepted) for i in range(deepest + 1)]
         speedups = speed(name) / plain
         c_verify, c_draft = (costs[name][phase] / costs["step"] for phase in ("verify", "draft"))

@@ -86,13 +86,15 @@ class KVCache:
             raise ValueError(f"cannot roll back from {self.length} tokens to {length}")
         self.length = length
 
-    def keep(self, start: int, path: list[int]) -> None:
-        """Of what was written from `start` on, keep the places start + path, in rising order."""
+    def keep(self, start: int, path: Tensor, in_place: bool) -> None:
+        """Of what was written from `start` on, keep the places start + path, in rising order.
+
+        `in_place`: they are the first ones anyway, and nothing has to move.
+        """
         self.rollback(start + len(path))
-        if path != list(range(len(path))):  # a path through a tree; a chain lies there already
-            source = torch.tensor(path, device=self.keys.device) + start
+        if not in_place:
             for stored in (self.keys, self.values):
-                stored[..., start : self.length, :] = stored[..., source, :]
+                stored[..., start : self.length, :] = stored[..., start + path, :]
 
 
 class Rotary(nn.Module):

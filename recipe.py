@@ -85,7 +85,7 @@ class TrainConfig:
     target_lr: float = option(4e-3, "peak learning rate of the target")
     optimizer: str = option(
         "auto",
-        "of the target; auto: muon where bfloat16 is fast",
+        "of the target; auto: muon unless bfloat16 is slow here",
         choices=["auto", "muon", "adamw"],
     )
     head_data_tokens: int = option(1_600_000, "tokens whose hidden states the heads learn from")

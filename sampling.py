@@ -1,4 +1,4 @@
-"""From logits to a distribution, and from a distribution to a token.
+"""From logits to a distribution, from a distribution to a token, and what a rejection leaves.
 
 Temperature, top-k and top-p change the distribution that a text is sampled from. Speculative
 decoding applies them to target and draft alike, *before* comparing the two, and compares the very
@@ -63,6 +63,28 @@ def draw(q: Tensor, count: int, generator: torch.Generator) -> Tensor:
     """
     times = torch.empty(q.shape, dtype=torch.float64, device=q.device)
     return (q / times.exponential_(generator=generator)).topk(count).indices
+
+
+def acceptance_probability(p_x: Tensor, q_x: Tensor) -> Tensor:
+    """min(1, p(x) / q(x)) of drafted tokens; what was drawn from q has q(x) > 0."""
+    return (p_x / q_x).clamp(max=1.0)
+
+
+def residual(p: Tensor, q: Tensor) -> Tensor:
+    """norm(max(0, p - q)) (..., V), what is left of p after a rejection.
+
+    Where p = q nothing is ever rejected; p stands in there for 0 / 0.
+    """
+    excess = (p - q).clamp(min=0.0)
+    total = excess.sum(-1, keepdim=True)
+    return torch.where(total > 0, excess / total, p)
+
+
+def without(q: Tensor, x: Tensor) -> Tensor:
+    """norm(q without x), q (..., V), x (..., 1); all 0 where nothing else is left."""
+    rest = q.scatter(-1, x, 0.0)
+    total = rest.sum(-1, keepdim=True)
+    return torch.where(total > 0, rest / total, 0.0)
 
 
 class Sampler:

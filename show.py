@@ -7,6 +7,10 @@ import codecs
 import os
 import sys
 
+import torch
+
+from sampling import residual, without
+
 
 class Printer:
     """Text as it is written: accepted drafts in colour, characters only once they are whole.
@@ -52,10 +56,7 @@ def trace_lines(number: int, cycle, encoding) -> list[str]:
     ms = {phase: 1000 * seconds for phase, seconds in cycle.seconds.items()}
     if number == 0:
         return [f"prefill {ms['prefill']:.1f} ms: {quoted(own, encoding)} from the target's p"]
-    q = draft.confidence
-    if q is None and draft.q is not None:
-        q = draft.q[draft.shape.parents].gather(-1, draft.tokens[:, None])[:, 0]
-    p = cycle.p[draft.shape.parents].gather(-1, draft.tokens[:, None])[:, 0].tolist()
+    p, q = probabilities(cycle, sampled)
 
     def verdict(node: int) -> str:
         parent = parents[node]
@@ -69,11 +70,9 @@ def trace_lines(number: int, cycle, encoding) -> list[str]:
         if not sampled:
             choice = quoted(tokens[chosen[0]] if chosen else own, encoding, 12)
             return f"REJECT: the target chose {choice}"
-        return (
-            "not tried: another was accepted"
-            if chosen and chosen[0] < node
-            else "REJECT: u >= p / q"
-        )
+        if chosen and chosen[0] < node:
+            return "not tried: another was accepted"
+        return "REJECT: u >= p / q" if q[node] > 0 else "not tried: q has no more"
 
     def below(parent: int, depth: int) -> list[str]:
         lines = []
@@ -98,6 +97,22 @@ def trace_lines(number: int, cycle, encoding) -> list[str]:
         *below(0, 1),
         f"  + {quoted(own, encoding)} {why}",
     ]
+
+
+def probabilities(cycle, sampled: bool) -> tuple[list[float], list[float]]:
+    """The p(x) and q(x) of each node: of sampled siblings those left when their turn came."""
+    draft, tokens = cycle.draft, cycle.draft.tokens
+    parents = draft.shape.parents
+    p, q = cycle.p[parents], draft.q[parents] if draft.q is not None else None
+    places = torch.arange(len(tokens), device=tokens.device)
+    for node in range(1, len(tokens)) if sampled else ():
+        if q[node, tokens[node]] > 0:  # had it been rejected, this is what the next would meet
+            later = (parents == parents[node]) & (places > node)
+            p[later], q[later] = residual(p[node], q[node]), without(q[node], tokens[node, None])
+    p_x = p.gather(-1, tokens[:, None])[:, 0].tolist()
+    if q is None:
+        return p_x, draft.confidence.tolist() if draft.confidence is not None else p_x
+    return p_x, q.gather(-1, tokens[:, None])[:, 0].tolist()
 
 
 def quoted(token: int, encoding, width: int = 24) -> str:

@@ -3,10 +3,10 @@
 A language model writes one token a pass, and a pass over eight tokens costs hardly more than a
 pass over one, since most of its time goes into reading the weights. So, again and again:
 
-    draft    a small head guesses the next tokens: a chain of gamma, or a tree with several guesses
-             for each place, one distribution q after each of its nodes
-    verify   the target reads all of them in ONE pass, which gives its own p after each node
-    accept   the longest path that passes the rule below, and one more token from the target
+    draft    a small head guesses what comes next: gamma tokens in a chain, or a tree of tokens with
+             several guesses for each place; it has a distribution q of its own after each of them
+    verify   the target reads all of them in ONE pass, which gives its p after each of them
+    accept   what passes the rule below, from the first token on, and one more of the target's own
 
 **The rule** (arXiv 2211.17192, 2302.01318). A drafted token x is accepted with probability
 min(1, p(x) / q(x)). At the first rejection the target's token is drawn from the residual
@@ -15,15 +15,17 @@ one more token is drawn from p at the end. In all, x is written there with proba
 
     q(x) min(1, p(x)/q(x))  +  P(reject) * residual(x)  =  min(p, q)(x) + max(0, p - q)(x)  =  p(x)
 
-because P(reject) is the sum of max(0, p - q), just what norm divides by. The p at a place is the
-target's after the tokens drafted before, and is used only if all of these were accepted; so this
-holds at every place, and the text has exactly the target's distribution, however bad the draft.
+because P(reject) = 1 - sum of min(p, q) = sum of max(0, p - q), just what norm divides by. The p at
+a place is the target's after the tokens drafted before, and is used only if all of these were
+accepted; so this holds at every place, and the text has exactly the target's distribution (after
+temperature, top-k and top-p, which change p and q alike), however bad the draft.
 
-**Trees**: after a rejection the residual takes the place of p and the next sibling is tried, drawn
-from q without those tried before (`verify_tree`). **Tokens that are not drawn**, because the draft
-just names its likeliest ones, have a one-hot q. The same rule then says: accept x with probability
-p(x), else the next one with p scaled to what is left. That is to draw *one* token from p and to
-see whether it was drafted (`match`). Greedy decoding is this with a one-hot p.
+**Trees.** After a rejection the token has still to be drawn from the residual, and the next sibling
+was drawn from q without the one before: the same problem again, with both in the places of p and q
+(`verify_tree`). **Tokens that were not drawn**, because the draft just names the likeliest, have a
+one-hot q. The same rule then says: accept x with probability p(x), else the next sibling with p
+scaled to what is left. That is to draw *one* token from p and to see whether it was drafted
+(`match`). Greedy decoding is this with a one-hot p.
 
 What we gain is the **acceptance length** tau, the tokens written per pass of the target, from 1 to
 gamma + 1; what we pay is the drafting. Read the rules and `generate` first; the rest is the command
@@ -42,26 +44,11 @@ from costs import best_size
 from data import encode
 from model import GPT, check_prompt
 from runs import find_run, load
-from sampling import Sampler, argmax, sample
+from sampling import Sampler, acceptance_probability, argmax, residual, sample, without
 from show import Printer, compare
 from tree import Draft, Shape, deepest, fixed_tree, plan_draft
 
 # -------------------------------------------------------------------------------- the rules
-
-
-def acceptance_probability(p_x: Tensor, q_x: Tensor) -> Tensor:
-    """min(1, p(x) / q(x)) of drafted tokens; a token can only be drafted where q(x) > 0."""
-    return (p_x / q_x).clamp(max=1.0)
-
-
-def residual(p: Tensor, q: Tensor) -> Tensor:
-    """norm(max(0, p - q)) (..., V), what is left of p after a rejection.
-
-    Where p = q nothing is ever rejected; p stands in there for 0 / 0.
-    """
-    excess = (p - q).clamp(min=0.0)
-    total = excess.sum(-1, keepdim=True)
-    return torch.where(total > 0, excess / total, p)
 
 
 def verify(p: Tensor, q: Tensor, draft: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
@@ -81,13 +68,6 @@ def verify(p: Tensor, q: Tensor, draft: Tensor, u: Tensor) -> tuple[Tensor, Tens
     return accepted, sample(following, u[..., -1])
 
 
-def without(q: Tensor, x: Tensor) -> Tensor:
-    """norm(q without x), q (..., V), x (..., 1); all 0 where nothing else is left."""
-    rest = q.scatter(-1, x, 0.0)
-    total = rest.sum(-1, keepdim=True)
-    return torch.where(total > 0, rest / total, 0.0)
-
-
 def verify_tree(p: Tensor, q: Tensor, tokens: Tensor, shape: Shape, u: Tensor):
     """A sampled tree of fixed shape: the last accepted node (), and the token that follows ().
 
@@ -97,13 +77,14 @@ def verify_tree(p: Tensor, q: Tensor, tokens: Tensor, shape: Shape, u: Tensor):
     what the next sibling was drawn from (2402.14160). All nodes judge their r-th child at once.
     """
     passes_to = torch.zeros_like(tokens)  # the child that each node accepts; 0: none
-    for child in shape.children.T:  # (N + 1,)
+    for child in shape.children.T:  # (N + 1,): the r-th child of every node; 0: it has none
         x = tokens[child][:, None]
         p_x, q_x = p.gather(-1, x)[:, 0], q.gather(-1, x)[:, 0]
+        # q_x is 0 where top-k or top-p left q fewer tokens than the node has children.
         tried = (child > 0) & (passes_to == 0) & (q_x > 0)
-        accept = tried & (u[child - 1] < acceptance_probability(p_x, q_x))
-        passes_to = torch.where(accept, child, passes_to)
-        rejected = (tried & ~accept)[:, None]
+        accepted = tried & (u[child - 1] < acceptance_probability(p_x, q_x))
+        passes_to = torch.where(accepted, child, passes_to)
+        rejected = (tried & ~accepted)[:, None]
         p, q = torch.where(rejected, residual(p, q), p), torch.where(rejected, without(q, x), q)
     here = torch.arange(len(tokens), device=tokens.device)
     node = deepest(passes_to[shape.parents] == here, shape)
@@ -117,7 +98,7 @@ def match(tokens: Tensor, shape: Shape, choice: Tensor) -> tuple[Tensor, Tensor]
     a child carries it, that child is accepted; where none does, it is the token that follows.
     """
     if len(tokens) == 1:  # nothing was drafted: plain decoding does not pay for the rule
-        return shape.depth[0], choice[0]
+        return shape.parents[0], choice[0]  # node 0
     node = deepest(tokens == choice[shape.parents], shape)
     return node, choice[node]
 
@@ -132,7 +113,7 @@ def accept(draft: Draft, logits: Tensor, sampler: Sampler):
     p, u = sampler.law(logits), sampler.uniforms(len(logits))
     if draft.q is None:
         return *match(draft.tokens, draft.shape, sample(p, u)), p, u
-    if draft.shape.children.shape[1] == 1:
+    if draft.shape.children.shape[1] == 1:  # a chain: its nodes are numbered by depth
         return *verify(p, draft.q[:-1], draft.tokens[1:], u), p, u
     return *verify_tree(p, draft.q, draft.tokens, draft.shape, u), p, u
 
@@ -142,12 +123,12 @@ def accept(draft: Draft, logits: Tensor, sampler: Sampler):
 
 @dataclass
 class Cycle:
-    """One cycle as `on_cycle` gets to see it. The prefill's own token is a cycle without a draft."""
+    """One cycle as `on_cycle` gets to see it. It is told of prefill too, as one without a draft."""
 
     tokens: list[int]  # written: accepted drafts, then the target's own unless a stop token came
     accepted: int  # how many of these tokens were drafted
     draft: Draft
-    path: list[int]  # the accepted nodes, the root first
+    path: list[int]  # the root, then the nodes that passed the rule, also beyond a stop token
     p: Tensor  # (N + 1, V): what the target's tokens come from; at temperature 0, its softmax
     u: Tensor | None  # (N + 1,); none at temperature 0
     seconds: dict[str, float]  # of each phase
@@ -159,7 +140,7 @@ class Generation:
 
     tokens: list[int] = field(default_factory=list)  # the new ones, a stop token included
     produced: list[int] = field(default_factory=list)  # written by each cycle; prefill's not here
-    # Cycles that drafted as deep as gamma and did not end at a stop token inside the draft. Near
+    # Cycles that drafted as deep as planned and did not end at a stop token inside the draft. Near
     # the token limit less is drafted, so cycles that were cut can only be the last ones.
     uncut_cycles: int = 0
     prefill_seconds: float = 0.0  # the target reading the prompt
@@ -203,21 +184,21 @@ def generate(
     `head=None` is plain autoregressive decoding: the same loop with nothing drafted. A head drafts
     `gamma` tokens in a chain, or a tree of `nodes` tokens at most `gamma` deep, or by a `plan` of
     tree.py. `on_cycle` is called with a `Cycle` after each; the time it takes is not counted. The
-    same seed gives the same text again; with and without a head the texts differ, and only their
-    distribution is the same. Raises UserError for a request that cannot be met.
+    same seed gives the same text again; sampled with and without a head the texts differ, and only
+    their distribution is the same. Raises UserError for a request that cannot be met.
     """
     check_prompt(target.config, prompt_tokens)
     if max_new_tokens < 1:
         raise UserError(f"max_new_tokens is {max_new_tokens}, it must be at least 1")
     device = target.embed.weight.device
     sampler = Sampler(device, temperature, top_k, top_p, seed, explain=on_cycle is not None)
-    watch, out = Stopwatch(device), Generation()
     if head is None:
         plan = fixed_tree((), device)
     elif plan is None:
         plan = plan_draft(head, gamma, nodes, target)
     prompt = torch.tensor(prompt_tokens, device=device)  # (T,)
     limit = min(max_new_tokens, target.config.context - len(prompt_tokens))
+    watch, out = Stopwatch(device), Generation()
     decode(target, head, plan, prompt, limit, sampler, stop_token, on_cycle, watch, out)
     seconds = watch.seconds()
     out.prefill_seconds = seconds.pop("prefill")
@@ -231,17 +212,17 @@ def decode(target, head, plan, prompt, limit, sampler, stop_token, on_cycle, wat
     root_only = fixed_tree((), prompt.device).shape
     # Prefill: read the prompt in one pass, and let the target write one token.
     cache = target.new_cache(target.config.context + plan.slots)
+    state = head.start(target.config.context + plan.slots) if head is not None else None
     hidden = target(prompt[None], cache)  # (1, T, D)
-    draft = Draft(prompt[-1:], root_only)
-    _, last, p, u = accept(draft, logits := target.lm_head(hidden[0, -1:]), sampler)
+    draft, logits = Draft(prompt[-1:], root_only), target.lm_head(hidden[0, -1:])
+    _, last, p, u = accept(draft, logits, sampler)
     new, path = [last.item()], [0]
     out.tokens += new
     watch.lap("prefill")
     if on_cycle:
         on_cycle(Cycle(new, 0, draft, path, sampler.shown(p, logits), u, watch.seconds(1)))
         watch.lap("callback")
-    state = head.start(target.config.context + plan.slots) if head is not None else None
-    # What became certain, each token beside the target's state before it.
+    # What became certain and the head has to read: tokens, and the target's states that led to each.
     certain, states = torch.cat([prompt[1:], last[None]]), hidden  # (T,), (1, T, D)
 
     while len(out.tokens) < limit and new[-1] != stop_token:
@@ -263,17 +244,16 @@ def decode(target, head, plan, prompt, limit, sampler, stop_token, on_cycle, wat
         # Accept. Numbers leave the device in `tolist`, once a cycle.
         node, last, p, u = accept(draft, logits, sampler)
         numbers = torch.cat([draft.tokens, shape.parents, node[None], last[None]]).tolist()
-        *numbers, node, follows = numbers
-        tokens, parents = numbers[: len(numbers) // 2], numbers[len(numbers) // 2 :]
-        path = [node]
+        size = len(draft.tokens)
+        tokens, parents, path = numbers[:size], numbers[size : 2 * size], numbers[2 * size : -1]
         while path[-1] != 0:
             path.append(parents[path[-1]])
         path.reverse()
-        cache.keep(start, path)  # what was read and rejected is forgotten
-        if head is not None:
-            kept = torch.tensor(path, device=prompt.device)
-            certain, states = torch.cat([draft.tokens[kept[1:]], last[None]]), hidden[:, kept]
-        new = [tokens[i] for i in path[1:]] + [follows]
+        # What was read and rejected is forgotten; a chain's accepted part lies in place already.
+        kept = torch.tensor(path, device=prompt.device)
+        cache.keep(start, kept, in_place=path[-1] == len(path) - 1)
+        certain, states = torch.cat([draft.tokens[kept[1:]], last[None]]), hidden[:, kept]
+        new = [tokens[i] for i in path[1:]] + numbers[-1:]
         if cut := stop_token in new[:-1]:
             new = new[: new.index(stop_token) + 1]
         out.tokens += new

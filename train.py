@@ -32,7 +32,7 @@ from torch import Tensor, nn
 import data
 from cli import (
     UserError,
-    bfloat16_is_faster,
+    bfloat16_cost,
     choose_device,
     compile_layers,
     describe_device,
@@ -87,8 +87,8 @@ def train_target(config: TrainConfig, text: Text, device, autocast) -> None:
     per_step = config.windows_per_step
     steps = max(1, config.target_tokens // (per_step * config.context))
     optimizer_name = config.optimizer
-    if optimizer_name == "auto":  # Muon computes in bfloat16
-        optimizer_name = "muon" if bfloat16_is_faster(device) else "adamw"
+    if optimizer_name == "auto":  # Muon computes in bfloat16, and is worth some time
+        optimizer_name = "muon" if bfloat16_cost(device) < 3 else "adamw"
     optimizers = target_optimizers(config, target, optimizer_name)
     parts = {"target": target} | {f"optimizer_{i}": o for i, o in enumerate(optimizers)}
     wanted = target_settings(config, text)
@@ -330,7 +330,7 @@ def train_heads(config: TrainConfig, text: Text, device, autocast) -> None:
 def main() -> None:
     config = parse(TrainConfig, presets=PRESETS)
     device = choose_device(config.device)
-    fast = bfloat16_is_faster(device)
+    fast = bfloat16_cost(device) < 0.7
     low = config.dtype == "bfloat16" or config.dtype == "auto" and fast
     reason = "bfloat16 is " + ("faster here" if fast else "not faster here")
     print(f"{describe_device(device)}, {'bfloat16 autocast' if low else 'float32'} ({reason})")

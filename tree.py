@@ -6,10 +6,11 @@ node sees the certain text and its own ancestors only: positions and an attentio
 (SpecInfer, arXiv 2305.09781). A second guess costs a node in that pass, and is worth it where a
 pass over 16 tokens costs hardly more than one over 5. Two ways to choose the nodes:
 
-- `FixedTree`: the same shape in every cycle, each node named by the ranks on its path, so that
+- `FixedTree`: the same shape in every cycle, each node named by the guesses on its path, so that
   (0, 2) is the third guess after the first. `best_tree` takes those most often right on validation
-  text (Medusa, 2401.10774). Its children may be *sampled*, one after the other and without putting
-  back: the rule for them is `speculate.verify_tree`.
+  text (Medusa, 2401.10774). Greedily the guesses are the head's likeliest tokens; above temperature
+  0 they are *sampled*, one after the other and without putting back, and the rule for them is
+  `speculate.verify_tree`.
 - `GrowingTree`: the nodes which the head itself thinks likeliest, by the product of its
   probabilities along the path, found by a beam and then ranked again (EAGLE-2, 2406.16858). Which
   nodes are in it depends on the tokens, so they are no samples of q, and treating them as such
@@ -27,7 +28,7 @@ from torch import Tensor
 from cli import UserError
 
 MAX_NODES = 256  # of a tree: a pass over more is no longer cheap anywhere
-WIDTH = 6  # nodes expanded at each depth of a growing tree
+WIDTH = 6  # nodes that a growing tree expands at each depth, and children of each
 Path = tuple[int, ...]
 
 
@@ -64,7 +65,8 @@ def ancestors(parents: Tensor, depth: int) -> Tensor:
 def deepest(agrees: Tensor, shape: Shape) -> Tensor:
     """The last node () of the one path from the root on which all nodes agree, (N + 1,) bool.
 
-    The root need not, and no two siblings may.
+    The root is not asked, and of siblings one agrees at most. (If none does: argmax gives the first
+    of equals, node 0.)
     """
     whole_path = (shape.ancestors[:, 1:] <= agrees[1:]).all(1)  # what leads there, agrees
     return (whole_path * shape.depth).argmax(0)
@@ -118,21 +120,32 @@ def expected_length(rates: list[list[float]], paths: tuple[Path, ...]) -> float:
 
 
 class Level(NamedTuple):
-    """How a fixed tree goes from the nodes it expands at one depth to those of the next."""
+    """From the k nodes that a fixed tree expands at one depth to those at the next.
 
-    count: int  # children to draw for each expanded node
-    places: Tensor | None  # which of the (k * count) drawn are in the tree; None: all
-    expanded: Tensor | None  # which of those have children themselves; None: all
-    parents: Tensor | None  # the row of each one's parent among those expanded before; None: one
+    An example, (0,) (1,) (2,) (0, 0) (0, 1) (1, 0). From the root, k = 1: draw 3, all are in the
+    tree, nodes 0 and 1 of them are expanded. From these, k = 2: draw 2 for each, of the 4 drawn
+    the places 0, 1 and 2 are in the tree, and none is expanded.
+    """
+
+    count: int  # children to draw for each of the k
+    places: Tensor | None  # which of the k * count drawn are in the tree; None: all of them
+    expanded: Tensor | None  # which of those in the tree are expanded next; None: all of them
+    parents: Tensor | None  # for these, which of the k each one follows; None: k is 1
 
 
 class FixedTree:
-    """A tree of one shape for all cycles, built once: nothing of it is worked out while decoding."""
+    """A tree of one shape for all cycles, laid out once: decoding only fills in the tokens.
+
+    (Near the end of a text its upper part is laid out as well, once for each depth.)
+    """
 
     def __init__(self, paths: tuple[Path, ...], device):
         """Raises ValueError if a path lacks its parent, or a better-ranked sibling."""
-        self.paths, self.device = tuple(sorted(set(paths), key=lambda p: (len(p), p))), device
-        self.slots = self.nodes = len(self.paths)  # places for what target and head read
+        self.paths, self.device = (
+            tuple(sorted(set(paths), key=lambda path: (len(path), path))),
+            device,
+        )
+        self.slots = self.nodes = len(self.paths)  # room in a cache for what is read of a draft
         self.depth = max(map(len, paths), default=0)
         every, known = [(), *self.paths], {(), *self.paths}
         for path in self.paths:
@@ -182,7 +195,8 @@ class FixedTree:
         logits = head.expand(state)[0]  # (1, V)
         for i, level in enumerate(self.levels):
             drawn, law = choose(logits, level.count)
-            # A head that guesses alike whatever came before (Medusa) gives one row for all nodes.
+            # A head that guesses alike whatever came before (Medusa) gives one row for all nodes:
+            # they share their children, of which only one node's can come to be accepted.
             drawn = drawn.expand(k, -1).flatten()
             q += [law.expand(k, -1)] if law is not None else []
             drawn = drawn if level.places is None else drawn[level.places]
@@ -218,7 +232,7 @@ class GrowingTree:
 
     def __init__(self, nodes: int, depth: int, width: int, device):
         self.nodes, self.depth, self.width = nodes, depth, width
-        self.slots = max(nodes, width * (depth - 1))  # places for what target and head read
+        self.slots = max(nodes, width * (depth - 1))  # what the target reads, what the head expands
         sizes = [width] + [width * width] * (depth - 1)
         each = [torch.full((size,), i + 1) for i, size in enumerate(sizes)]
         self.depths = torch.cat([torch.zeros(1, dtype=torch.long), *each]).to(device)
@@ -233,7 +247,7 @@ class GrowingTree:
             log_q, found = logits.float().log_softmax(-1).topk(self.width)
             # Strictly below its parent, even at probability 1: no node is kept without its parent.
             score = (reach[:, None] + log_q.double().clamp(max=-1e-9)).flatten()  # (k * width,)
-            found = found.expand(len(reach), -1).flatten()  # Medusa: one row for all nodes
+            found = found.expand(len(reach), -1).flatten()  # Medusa's one row is for all nodes
             tokens.append(found)
             parents.append(above.repeat_interleave(self.width))
             scores.append(score)
@@ -266,7 +280,7 @@ def plan_draft(head, gamma: int, nodes: int, target) -> FixedTree | GrowingTree:
         return fixed_tree(chain(min(gamma, target.config.context)), device)
     if head.autoregressive:
         width = min(nodes, WIDTH, target.config.vocab_size)
-        return GrowingTree(nodes, gamma, width, device)
+        return GrowingTree(nodes, min(gamma, nodes, target.config.context), width, device)
     return fixed_tree(best_tree(rank_rates(head), nodes, gamma), device)
 
 

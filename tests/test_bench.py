@@ -43,6 +43,22 @@ def test_every_dtype_ends_in_a_result_with_all_its_samples(measured, folder, dty
     assert (written / f"{dtype}.md").read_text().strip() in out
 
 
+def test_several_sizes_of_draft_are_measured_side_by_side(measured, folder, monkeypatch):
+    monkeypatch.setattr("costs.SECONDS", 0.0)
+    flags = "--nodes", 0, 6, "auto", "--gamma", 3, "--heads", "eagle", "medusa"
+    status, out, err = measured("--name", "sizes", *flags)
+    assert (status, err) == (0, "")
+    result = json.loads((folder / "bench" / "sizes.json").read_text())
+    names = [f"{head}{size}" for size in ("", " tree 6", " auto") for head in ("eagle", "medusa")]
+    assert list(result["methods"]) == list(result["figures"]["heads"]) == names
+    assert all(result["methods"][name]["chosen"] for name in names[4:])
+    assert {row["with"] for row in result["figures"]["comparisons"]["eagle tree 6"]} == {"eagle"}
+    assert "| medusa | tree of 6, 3 deep |" in out
+    for name in names:
+        phases = result["samples"][0]["methods"][name]["phases"]
+        assert min(phases) > 0 and result["isolated_seconds"][name]["verify"] > 0
+
+
 def test_sampled_results_make_no_claim_of_identical_texts(measured):
     status, out, _ = measured("--temperature", 0.8, "--heads", "eagle", "--name", "sampled")
     assert status == 0
@@ -54,6 +70,9 @@ def test_sampled_results_make_no_claim_of_identical_texts(measured):
     [
         ("--gamma", 0),
         ("--gamma", 5),  # Medusa has four heads
+        ("--nodes", -1),
+        ("--nodes", "many"),
+        ("--gamma", 0, "--nodes", "auto"),
         ("--max_new_tokens", 1),
         ("--max_new_tokens", 5),  # no whole cycle
         ("--runs", 0),

@@ -14,7 +14,7 @@ SIZES = [(g, 0) for g in (1, 2, 4, 8)] + [(4, 8), (4, 16), (4, 31)]
 class Recorded:
     """A head of which only its validation record is of interest."""
 
-    max_draft = None
+    max_draft, autoregressive = None, True
 
     def __init__(self, ranks, mass=None, alpha=(0.5, 0.4)):
         record = {"ranks": ranks, "mass": mass or ranks}
@@ -59,7 +59,11 @@ def test_tau_is_reckoned_from_what_decoding_will_do():
 
 
 @pytest.mark.parametrize("kind", ["medusa", "eagle"])
-@pytest.mark.parametrize("gamma, nodes", [("auto", 0), (3, "auto"), ("auto", "auto"), ("auto", 4)])
+@pytest.mark.parametrize(
+    "gamma, nodes",
+    [("auto", 0), (3, "auto"), ("auto", "auto"), ("auto", 4), ("auto", 100)],
+    ids=str,
+)
 def test_a_size_is_chosen_that_can_be_drafted(kind, gamma, nodes, monkeypatch):
     monkeypatch.setattr("costs.SECONDS", 0.0)
     target = tiny_target()
@@ -69,6 +73,25 @@ def test_a_size_is_chosen_that_can_be_drafted(kind, gamma, nodes, monkeypatch):
     plan_draft(head, size.gamma, size.nodes, target)
     assert gamma in ("auto", size.gamma) and nodes in ("auto", size.nodes)
     assert size.c_verify > 0 and size.c_draft > 0 and f"{size.speedup:.2f}x" in str(size)
+
+
+@pytest.mark.parametrize("gamma, nodes", [(0, "auto"), ("auto", -1), ("auto", 500)], ids=str)
+def test_what_cannot_be_drafted_is_not_measured_either(gamma, nodes):
+    target = tiny_target()
+    with pytest.raises(UserError):
+        best_size(target, tiny_head("eagle", 1, target), gamma, nodes)
+
+
+@pytest.mark.parametrize("context", [8, 12, 24])
+def test_the_smallest_windows_are_measured_too(context, monkeypatch):
+    monkeypatch.setattr("costs.SECONDS", 0.0)
+    target = tiny_target(context=context)
+    head = tiny_head("eagle", 1, target)
+    head.training_record = Recorded([[0.5, 0.3, 0.1]] * 4).training_record
+    choose_dtype("auto", target)
+    for gamma, nodes in [("auto", "auto"), (300, "auto"), (300, 0)]:
+        size = best_size(target, head, gamma, nodes)
+        assert 1 <= size.gamma < context
 
 
 def test_without_a_record_nothing_can_be_chosen(monkeypatch):
@@ -89,9 +112,9 @@ def test_every_job_is_measured_and_leaves_its_cache_as_it_was():
     measured = isolated_costs(target, methods, 12, turns=2)
     assert set(measured) == {"step", "short", "tree"} and measured["step"] > 0
     assert all(seconds > 0 for name in plans for seconds in measured[name].values())
-    passes, drafts = size_costs(target, head, [1, 2], [0, 4])
-    assert list(passes)[:4] == [1, 2, 4, 8]
-    assert set(drafts) == {(g, tree) for g in (1, 2) for tree in (False, True)}
+    passes, drafts = size_costs(target, head, [(1, 0), (2, 0), (2, 10)])
+    assert list(passes) == [1, 2, 4, 8, 11]
+    assert set(drafts) == {(1, False), (2, False), (2, True)}
 
 
 def test_a_size_says_what_it_is():
@@ -104,8 +127,8 @@ def test_the_dtype_is_the_one_measured_faster(monkeypatch):
     assert choose_dtype("float64", target)[0] == torch.float64
     for slow, chosen in [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)]:
 
-        def timed(bench, function, tokens, slow=slow):
-            function(tokens)
+        def timed(bench, function, *arguments, slow=slow):
+            function(*arguments)
             return 2.0 if bench.target.embed.weight.dtype == slow else 1.0
 
         monkeypatch.setattr("costs.Bench.timed", timed)

@@ -32,8 +32,8 @@ from toys import (
 
 from cli import UserError
 from show import Printer, harmless, trace_lines
-from speculate import generate
-from tree import chain, fixed_tree
+from speculate import Cycle, generate
+from tree import Draft, chain, fixed_tree
 
 PROMPT_LENGTHS = (1, 2, 7, 22, 23)  # of a context of 24
 GAMMAS = (1, 2, 4, 8)
@@ -533,6 +533,19 @@ def test_the_trace_of_a_tree_shows_every_branch():
     _, *drafted, last = trace_lines(1, cycles[1], LETTERS)
     assert verdicts(drafted) == ["REJECT", "dropped", "accept", "accept"]
     assert [line.index("'") for line in drafted] == [2, 4, 2, 4]
+
+
+def test_the_trace_shows_the_p_and_q_that_a_sampled_sibling_was_judged_by():
+    """After a rejection they are the residual and what is left of q, not those of the model."""
+    tree = fixed_tree(((0,), (1,), (2,)), torch.device("cpu"))
+    p, q = torch.tensor([[0.5, 0.5, 0.0]]), torch.tensor([[0.9, 0.1, 0.0]])
+    draft = Draft(torch.tensor([0, 0, 1, 2]), tree.shape, q.expand(4, 3))
+    u, seconds = torch.tensor([0.6, 0.3, 0.9, 0.5]), dict.fromkeys(("draft", "verify", "other"), 0)
+    cycle = Cycle([1, 0], 1, draft, [0, 2], p.expand(4, 3), u, seconds)
+    _, *drafted, _ = trace_lines(1, cycle, LETTERS)
+    assert verdicts(drafted) == ["REJECT", "accept", "not tried"]
+    assert re.search(r"p 0\.500  q 0\.900  u 0\.600", drafted[0])
+    assert re.search(r"p 1\.000  q 1\.000  u 0\.300", drafted[1])
 
 
 def test_the_trace_of_a_cycle_that_a_stop_token_ends():

@@ -183,7 +183,8 @@ def test_keeping_a_path_is_having_read_that_path_only(target, paths):
         target(tokens, cache_)
         start = cache_.length
         target(nodes, cache_, start + tree.shape.depth, tree.shape.ancestors)
-        cache_.keep(start, row.nonzero()[:, 0].tolist())
+        path = row.nonzero()[:, 0]
+        cache_.keep(start, path, in_place=path.tolist() == list(range(len(path))))
         assert cache_.length == start + row.sum()
         whole = torch.cat([tokens, nodes[:, row], following], 1)
         torch.testing.assert_close(target(following, cache_), target(whole)[:, -2:])

@@ -167,8 +167,10 @@ class ScriptedCache:
     def length(self) -> int:
         return len(self.tokens)
 
-    def keep(self, start: int, path: list[int]) -> None:
+    def keep(self, start: int, path, in_place: bool) -> None:
+        path = path.tolist()
         assert path == sorted(set(path)) and path[0] == 0 and start + path[-1] < self.length
+        assert in_place == (path == list(range(len(path))))
         self.tokens[start:] = [self.tokens[start + place] for place in path]
 
 
