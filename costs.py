@@ -75,13 +75,13 @@ class Bench:
         state = head.start(self.target.config.context + plan.slots)
         before = self.length - read
         head.absorb(state, self.tokens[:, 1 : before + 1], self.hidden[:, :before])
-        root, choose = self.tokens[0, self.length, None], self.sampler.children
+        root = self.tokens[0, self.length, None]
         new = self.tokens[:, before + 1 : self.length + 1], self.hidden[:, before:]
 
         def draft():
             again = copy.copy(state)  # the same state each time: absorbing rolls its cache back
             head.absorb(again, *new)
-            return plan.draft(head, again, root, plan.depth, choose)
+            return plan.draft(head, again, root, plan.depth, self.sampler)
 
         return draft
 

@@ -14,6 +14,9 @@ from torch import Tensor
 from cli import UserError
 
 SMALLEST = 1e-30  # floor of temperature and top_p: smaller ones are 0 in float32
+# Greedily the target takes its likeliest token, however close the second: guesses are surer to be
+# right than the head's q says. Of 1, 0.7, 0.5 and 0.3 the lowest grew the best trees on validation.
+GREEDY_TEMPERATURE = 0.3
 
 
 def argmax(logits: Tensor) -> Tensor:
@@ -124,6 +127,15 @@ class Sampler:
             return best, logits.float().softmax(-1) if self.explain else None
         q = self.law(logits)
         return draw(q, count, self.generator), q
+
+    def guesses(self, logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """The `count` likeliest tokens (k, count) to follow each of k nodes; how likely, as log q.
+
+        By the head's probabilities at the temperature of the text, which stands in for p.
+        """
+        logits = logits.float() / max(self.temperature, GREEDY_TEMPERATURE)
+        log_q, tokens = logits.log_softmax(-1).topk(count)
+        return tokens, log_q
 
     def shown(self, p: Tensor | None, logits: Tensor) -> Tensor:
         """The target's p for on-lookers: greedy decoding itself needs none."""

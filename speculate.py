@@ -231,7 +231,7 @@ def decode(target, head, plan, prompt, limit, sampler, stop_token, on_cycle, wat
         draft = Draft(last[None], root_only)
         if depth > 0:
             head.absorb(state, certain[None], states)
-            draft = plan.draft(head, state, last[None], depth, sampler.children)
+            draft = plan.draft(head, state, last[None], depth, sampler)
         watch.lap("draft")
 
         # Verify: one pass over the last written token and all that was drafted after it.

@@ -12,9 +12,10 @@ pass over 16 tokens costs hardly more than one over 5. Two ways to choose the no
   0 they are *sampled*, one after the other and without putting back, and the rule for them is
   `speculate.verify_tree`.
 - `GrowingTree`: the nodes which the head itself thinks likeliest, by the product of its
-  probabilities along the path, found by a beam and then ranked again (EAGLE-2, 2406.16858). Which
-  nodes are in it depends on the tokens, so they are no samples of q, and treating them as such
-  would change the law of the text. They are a *deterministic* proposal: see `speculate.match`.
+  probabilities along the path, found by a beam and then ranked again (EAGLE-2, 2406.16858); for
+  greedy decoding these are sharpened first (`sampling.Sampler.guesses`). Which nodes are in it
+  depends on the tokens, so they are no samples of q, and treating them as such would change the
+  law of the text. They are a *deterministic* proposal: see `speculate.match`.
 """
 
 import heapq
@@ -28,8 +29,8 @@ from torch import Tensor
 from cli import UserError
 
 MAX_NODES = 256  # of a tree: a pass over more is no longer cheap anywhere
-WIDTH = 6  # nodes that a growing tree expands at each depth, and children of each
-Path = tuple[int, ...]
+WIDTH = 4  # nodes that a growing tree expands at each depth, and children of each
+Branch = tuple[int, ...]
 
 
 class Shape(NamedTuple):
@@ -47,7 +48,7 @@ class Draft(NamedTuple):
     tokens: Tensor  # (N + 1,)
     shape: Shape
     q: Tensor | None = None  # (N + 1, V): the head's law after each node, 0 at leaves; fixed trees
-    confidence: Tensor | None = None  # (N + 1,): its probability of each node; growing trees
+    confidence: Tensor | None = None  # (N + 1,): how sure it is of each node; growing trees
 
 
 def ancestors(parents: Tensor, depth: int) -> Tensor:
@@ -75,11 +76,11 @@ def deepest(agrees: Tensor, shape: Shape) -> Tensor:
 # --------------------------------------------------------------------------------- fixed trees
 
 
-def chain(length: int) -> tuple[Path, ...]:
+def chain(length: int) -> tuple[Branch, ...]:
     return tuple((0,) * i for i in range(1, length + 1))
 
 
-def best_tree(rates: list[list[float]], nodes: int, depth: int) -> tuple[Path, ...]:
+def best_tree(rates: list[list[float]], nodes: int, depth: int) -> tuple[Branch, ...]:
     """The `nodes` paths of at most `depth` ranks that are likeliest right (Medusa, section 2.3.3).
 
     `rates[i][r]`: how often the r-th guess at draft position i is right, given that all before it
@@ -89,7 +90,7 @@ def best_tree(rates: list[list[float]], nodes: int, depth: int) -> tuple[Path, .
     # A guess can only join after the better-ranked one beside it: ranks are made non-increasing.
     rates = [[min(row[: r + 1]) for r in range(len(row))] for row in rates]
 
-    def rate(path: Path) -> float:
+    def rate(path: Branch) -> float:
         row = rates[min(len(path), len(rates)) - 1]
         return row[path[-1]] if path[-1] < len(row) else 0.0
 
@@ -107,7 +108,7 @@ def best_tree(rates: list[list[float]], nodes: int, depth: int) -> tuple[Path, .
     return tuple(chosen)
 
 
-def expected_length(rates: list[list[float]], paths: tuple[Path, ...]) -> float:
+def expected_length(rates: list[list[float]], paths: tuple[Branch, ...]) -> float:
     """The acceptance length tau that a tree should have: 1 + the chance of each of its nodes."""
     total = 1.0
     for path in paths:
@@ -139,7 +140,7 @@ class FixedTree:
     (Near the end of a text its upper part is laid out as well, once for each depth.)
     """
 
-    def __init__(self, paths: tuple[Path, ...], device):
+    def __init__(self, paths: tuple[Branch, ...], device):
         """Raises ValueError if a path lacks its parent, or a better-ranked sibling."""
         self.paths, self.device = (
             tuple(sorted(set(paths), key=lambda path: (len(path), path))),
@@ -171,7 +172,7 @@ class FixedTree:
     def tensor(self, values: list) -> Tensor:
         return torch.tensor(values, dtype=torch.long, device=self.device)
 
-    def level(self, above: list[Path], row: list[Path], inner: list[Path]) -> Level:
+    def level(self, above: list[Branch], row: list[Branch], inner: list[Branch]) -> Level:
         """From the expanded nodes `above` to their children `row`, of which `inner` have some."""
         number = {path: i for i, path in enumerate(above)}
         draws = 1 + max(path[-1] for path in row)
@@ -183,18 +184,18 @@ class FixedTree:
             None if len(above) == 1 else self.tensor([number[path[:-1]] for path in inner]),
         )
 
-    def draft(self, head, state, root: Tensor, depth: int, choose) -> Draft:
+    def draft(self, head, state, root: Tensor, depth: int, sampler) -> Draft:
         """The tree below `root` (1,), down to `depth`. What is certain has been absorbed.
 
-        `choose(logits (k, V), count)` -> tokens (k, count) and, where it is of use, the law q (k, V)
-        they were drawn from: the decoder's sampling rule.
+        `sampler.children(logits (k, V), count)` -> tokens (k, count) and, where it is of use, the
+        law q (k, V) they were drawn from.
         """
         if depth < self.depth:
-            return cut(self.paths, depth, self.device).draft(head, state, root, depth, choose)
+            return cut(self.paths, depth, self.device).draft(head, state, root, depth, sampler)
         tokens, q, k = [root], [], 1
         logits = head.expand(state)[0]  # (1, V)
         for i, level in enumerate(self.levels):
-            drawn, law = choose(logits, level.count)
+            drawn, law = sampler.children(logits, level.count)
             # A head that guesses alike whatever came before (Medusa) gives one row for all nodes:
             # they share their children, of which only one node's can come to be accepted.
             drawn = drawn.expand(k, -1).flatten()
@@ -211,11 +212,11 @@ class FixedTree:
 
 
 @cache
-def fixed_tree(paths: tuple[Path, ...], device: torch.device) -> FixedTree:
+def fixed_tree(paths: tuple[Branch, ...], device: torch.device) -> FixedTree:
     return FixedTree(paths, device)
 
 
-def cut(paths: tuple[Path, ...], depth: int, device: torch.device) -> FixedTree:
+def cut(paths: tuple[Branch, ...], depth: int, device: torch.device) -> FixedTree:
     """The tree without what lies deeper: near the end less can still be written."""
     return fixed_tree(tuple(path for path in paths if len(path) <= depth), device)
 
@@ -237,14 +238,17 @@ class GrowingTree:
         each = [torch.full((size,), i + 1) for i, size in enumerate(sizes)]
         self.depths = torch.cat([torch.zeros(1, dtype=torch.long), *each]).to(device)
 
-    def draft(self, head, state, root: Tensor, depth: int, choose) -> Draft:
-        """The tree below `root` (1,), down to `depth`. `choose` is not used: nothing is drawn."""
+    def draft(self, head, state, root: Tensor, depth: int, sampler) -> Draft:
+        """The tree below `root` (1,), down to `depth`. What is certain has been absorbed.
+
+        `sampler.guesses(logits (k, V), count)` -> tokens (k, count), log-probabilities (k, count).
+        """
         reach = torch.zeros(1, dtype=torch.float64, device=root.device)  # log-probability (k,)
         above = torch.zeros(1, dtype=torch.long, device=root.device)  # who they are (k,)
         tokens, parents, scores, seen = [root], [above], [reach], 1
         logits = head.expand(state)[0]  # (1, V)
         for i in range(depth):
-            log_q, found = logits.float().log_softmax(-1).topk(self.width)
+            found, log_q = sampler.guesses(logits, self.width)
             # Strictly below its parent, even at probability 1: no node is kept without its parent.
             score = (reach[:, None] + log_q.double().clamp(max=-1e-9)).flatten()  # (k * width,)
             found = found.expand(len(reach), -1).flatten()  # Medusa's one row is for all nodes
