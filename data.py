@@ -232,23 +232,34 @@ def build_encoding(tokenizer: dict) -> tiktoken.Encoding:
     """The `tiktoken.Encoding` of what `learn_tokenizer` gave, or of a name tiktoken knows."""
     if tokenizer["name"] != "bpe":
         try:
-            return tiktoken.get_encoding(tokenizer["name"])
+            encoding = tiktoken.get_encoding(tokenizer["name"])
         except Exception as error:  # tiktoken fetches its own encodings: no network, no encoding
             reason = " ".join(str(error).split())[:100]
             raise UserError(
                 f"--tokenizer {tokenizer['name']} is not to be had: {reason}"
             ) from error
-    ranks = {token.encode("latin-1"): rank for rank, token in enumerate(tokenizer["tokens"])}
-    return tiktoken.Encoding(
-        "koala-bpe",
-        pat_str=tokenizer["pattern"],
-        mergeable_ranks=ranks,
-        special_tokens={END_OF_TEXT: len(ranks)},
+        encoding.known = encoding.n_vocab
+        return encoding
+    tokens = tokenizer["tokens"]
+    special = tokenizer.get("special", {END_OF_TEXT: len(tokens)})
+    numbers = set(range(len(tokens))).difference(special.values())
+    ranks = {tokens[number].encode("latin-1"): number for number in numbers}
+    # A pretrained tokenizer may lack bytes that its training text never had. tiktoken needs them
+    # all: these get numbers beyond those known to the target, and `encode` leaves them out.
+    known = max(len(tokens), 1 + max(special.values()))
+    missing = [bytes([byte]) for byte in range(256) if bytes([byte]) not in ranks]
+    ranks |= {byte: known + i for i, byte in enumerate(missing)}
+    encoding = tiktoken.Encoding(
+        "koala-bpe", pat_str=tokenizer["pattern"], mergeable_ranks=ranks, special_tokens=special
     )
+    encoding.known = known
+    return encoding
 
 
 def encode(encoding: tiktoken.Encoding, text: str | bytes) -> list[int]:
     """Tokens of any text or bytes: `decode_bytes` of them gives the same bytes back.
+
+    (But for bytes that a pretrained tokenizer has no token for: they are left out.)
 
     Bytes that are no UTF-8 become single-byte tokens. In a string they are what Python's
     `surrogateescape` makes of them, which is how a command line and a file name carry them.
@@ -262,7 +273,7 @@ def encode(encoding: tiktoken.Encoding, text: str | bytes) -> list[int]:
         else:
             raw = part.encode("utf-8", "surrogateescape")
             tokens += [encoding.encode_single_token(bytes([byte])) for byte in raw]
-    return tokens
+    return [token for token in tokens if token < encoding.known]
 
 
 def tokenize(encoding: tiktoken.Encoding, documents: list[Document]) -> torch.Tensor:

@@ -40,6 +40,7 @@ class GPTConfig:
     num_kv_heads: int = 4  # fewer than num_heads: grouped-query attention
     mlp_width: int = 704  # about 8/3 of the width: SwiGLU has three matrices where an MLP has two
     rope_theta: float = 10000.0
+    rope_factors: tuple[float, ...] = ()  # each pair's frequency is divided by one; (): by 1
     norm_eps: float = 1e-5
     tied: bool = True  # the LM head is the embedding matrix
 
@@ -107,7 +108,8 @@ class Rotary(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         pairs = torch.arange(0, config.head_dim, 2) / config.head_dim
-        angle = torch.outer(torch.arange(config.context), config.rope_theta**-pairs)  # (C, hd/2)
+        frequency = config.rope_theta**-pairs / torch.tensor(config.rope_factors or 1.0)
+        angle = torch.outer(torch.arange(config.context), frequency)  # (C, hd/2)
         cos, sin = angle.cos(), angle.sin()
         # Coordinate i is paired with i + hd/2: the rotated vector is x * cos + swap(x) * sin.
         self.register_buffer("cos", torch.cat([cos, cos], -1), persistent=False)  # (C, hd)
@@ -168,15 +170,21 @@ class Block(nn.Module):
         q, k = qk.split([self.num_heads, self.num_kv_heads], dim=1)  # (B, H, T, hd)
         if cache is not None:
             k, v = cache.write(layer, k, v)  # (B, Hkv, length + T, hd)
+        if length == 1:
+            # One query sees every key, and so do the queries that share a key with it: they are read
+            # as one text of queries, where the kernel would repeat the keys for each (half the time
+            # of a step with 96 texts at once).
+            q = q.view(batch, self.num_kv_heads, -1, self.head_dim)  # (B, Hkv, H / Hkv, hd)
         attended = F.scaled_dot_product_attention(
             q,
             k,
             v,
             attn_mask=mask,
             is_causal=mask is None and length > 1,
-            enable_gqa=self.num_heads != self.num_kv_heads,
+            enable_gqa=q.shape[1] != k.shape[1],
         )
-        x = x + self.attention_out(attended.transpose(1, 2).reshape(batch, length, -1))
+        attended = attended.reshape(batch, self.num_heads, length, -1).transpose(1, 2)
+        x = x + self.attention_out(attended.reshape(batch, length, -1))
         gate, up = self.gate_up(self.mlp_norm(x)).chunk(2, dim=-1)  # (B, T, mlp_width) each
         return x + self.mlp_out(F.silu(gate) * up)
 
@@ -242,7 +250,9 @@ def check_prompt(config: GPTConfig, prompt: list[int]) -> None:
 
 def fingerprint(target: GPT) -> str:
     """A short hash of a target's shape and weights: what a draft head remembers its target by."""
-    digest = hashlib.sha256(repr(asdict(target.config)).encode())
+    # What is left empty does not count: a field that is added one day shall not disown old heads.
+    shape = {name: value for name, value in asdict(target.config).items() if value != ()}
+    digest = hashlib.sha256(repr(shape).encode())
     for name, tensor in sorted(target.state_dict().items()):
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().float().contiguous().numpy())

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from chat import Chat
 from cli import UserError, choose_device, compile_layers
 from costs import choose_dtype
 from data import build_encoding
@@ -28,7 +29,8 @@ def load(
     """(target, head, encoding) of a trained run, ready for `generate`.
 
     `out_dir=None` is the newest run; `head` is the name of a head in it, a path, or None. Why the
-    target has its dtype is kept as `target.why_dtype`.
+    target has its dtype is kept as `target.why_dtype`, and how one talks with it, a `chat.Chat`, as
+    `target.chat` (None for one that only goes on with a text).
     """
     folder, device = find_run(out_dir), choose_device(device)
     target, checkpoint = load_target(folder / "target.pt", device)
@@ -38,7 +40,9 @@ def load(
         compile_layers(target)
     if head is not None:
         head = load_head(head_path(folder, head), target, checkpoint["fingerprint"])
-    return target, head, build_encoding(checkpoint["tokenizer"])
+    encoding = build_encoding(checkpoint["tokenizer"])
+    target.chat = Chat.of(encoding, checkpoint["tokenizer"])
+    return target, head, encoding
 
 
 def head_path(folder: Path, head: str) -> Path:

@@ -18,8 +18,8 @@ class Printer:
     With `trace` each cycle is told in words instead.
     """
 
-    def __init__(self, encoding, trace: bool = False):
-        self.encoding, self.trace, self.cycles = encoding, trace, 0
+    def __init__(self, encoding, stop_token: int, trace: bool = False):
+        self.encoding, self.stop_token, self.trace, self.cycles = encoding, stop_token, trace, 0
         self.colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
         self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
@@ -27,7 +27,7 @@ class Printer:
         if self.trace:
             print("\n".join(trace_lines(self.cycles, cycle, self.encoding)))
         for i, token in enumerate(cycle.tokens if not self.trace else ()):
-            if token != self.encoding.eot_token:
+            if token != self.stop_token:
                 self.write(token, accepted=i < cycle.accepted)
         self.cycles += 1
 

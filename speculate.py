@@ -211,8 +211,9 @@ def decode(target, head, plan, prompt, limit, sampler, stop_token, on_cycle, wat
     """The algorithm: prefill, then draft, verify and accept, over and over. Fills `out`."""
     root_only = fixed_tree((), prompt.device).shape
     # Prefill: read the prompt in one pass, and let the target write one token.
-    cache = target.new_cache(target.config.context + plan.slots)
-    state = head.start(target.config.context + plan.slots) if head is not None else None
+    room = len(prompt) + limit + plan.slots
+    cache = target.new_cache(room)
+    state = head.start(room) if head is not None else None
     hidden = target(prompt[None], cache)  # (1, T, D)
     draft, logits = Draft(prompt[-1:], root_only), target.lm_head(hidden[0, -1:])
     _, last, p, u = accept(draft, logits, sampler)
@@ -272,8 +273,10 @@ def decode(target, head, plan, prompt, limit, sampler, stop_token, on_cycle, wat
 @dataclass(frozen=True)
 class SpeculateConfig:
     prompt: str = option(
-        "def read_file(path):", "text to continue, or - to read it from standard input"
+        "def read_file(path):",
+        "text to continue, or what to say to a chat model; - reads it from standard input",
     )
+    raw: bool = option(False, "have a chat model continue the prompt as plain text")
     out_dir: str | None = option(None, "the run's folder; default: the newest under out/")
     head: str = option("eagle-koala", "a trained head's name, a path to one, or none")
     gamma: int | str = option(
@@ -298,7 +301,9 @@ class SpeculateConfig:
 def main() -> None:
     config = parse(SpeculateConfig)
     folder = find_run(config.out_dir)
-    prompt = sys.stdin.buffer.read() if config.prompt == "-" else config.prompt
+    prompt = config.prompt
+    if prompt == "-":
+        prompt = sys.stdin.buffer.read().decode("utf-8", "surrogateescape")
     head_name = None if config.head == "none" else config.head
     target, head, encoding = load(folder, head_name, config.device, config.dtype, config.compile)
     weight = target.embed.weight
@@ -310,8 +315,10 @@ def main() -> None:
         gamma, nodes = size.gamma, size.nodes
         print(f"drafting {size}, by measurement")
     print()
+    chat = None if config.raw else target.chat
+    stop = encoding.eot_token if chat is None else chat.stop
     request = dict(
-        prompt_tokens=encode(encoding, prompt),
+        prompt_tokens=encode(encoding, prompt) if chat is None else chat.prompt([prompt]),
         max_new_tokens=config.max_new_tokens,
         gamma=gamma,
         nodes=nodes,
@@ -319,9 +326,9 @@ def main() -> None:
         top_k=config.top_k,
         top_p=config.top_p,
         seed=config.seed,
-        stop_token=encoding.eot_token,
+        stop_token=stop,
     )
-    printer = Printer(encoding, config.trace)
+    printer = Printer(encoding, stop, config.trace)
     generate(target, head=head, on_cycle=printer.show, **request)
     printer.finish()
 
