@@ -33,6 +33,7 @@ from typing import NamedTuple
 import torch
 
 import data
+from chat import Question, read_questions
 from cli import UserError, describe_device, fail, number_or_auto, option, parse, run
 from costs import best_size, isolated_costs, synchronized_time
 from draft_head import load_head
@@ -46,6 +47,7 @@ from sampling import Sampler, argmax
 from speculate import generate
 from tree import plan_draft
 
+QUESTIONS = Path(__file__).with_name("prompts.jsonl")  # for chat models; none is ever trained on
 PROMPT_TOKENS = 64
 CANDIDATES = 1500  # prompts to look for, in all tasks together
 WARM_UP = 2  # prompts decoded before anything is timed
@@ -67,7 +69,10 @@ class BenchConfig:
         type=number_or_auto,
     )
     num_prompts: int = option(40, "loop-free prompts wanted, from all tasks of the test text")
-    prompts_file: str | None = option(None, "a UTF-8 file with a prompt a line, instead")
+    prompts_file: str | None = option(
+        None, "instead: a UTF-8 file with a prompt a line, or *.jsonl as Spec-Bench has them"
+    )
+    split: str = option("test", "of the default prompts", choices=["valid", "test"])
     max_new_tokens: int = option(128, "tokens to write for each prompt")
     temperature: float = option(0.0, "0 is greedy")
     top_k: int = option(0, "sample from the k likeliest tokens only; 0: from all")
@@ -156,18 +161,46 @@ def first_difference(target, prompt: list[int], ours: list[int], theirs: list[in
 def choose_prompts(config: BenchConfig, target, candidates: list) -> tuple[list, dict]:
     """The first `num_prompts` candidates whose plain text is free of loops, and a few that loop.
 
-    Returns (prompts, how many candidates were decoded and how many of those looped).
+    A candidate is (task, tokens), or a `chat.Question`: all its turns are played, each a prompt
+    that holds what was answered before. Returns (prompts, how many candidates were decoded and how
+    many of those looped).
     """
     free, loops = [], []
-    request = dict(temperature=config.temperature, top_k=config.top_k, top_p=config.top_p)
-    for task, prompt in candidates:
-        plain = generate(target, prompt, config.max_new_tokens, seed=config.seed, **request).tokens
-        (loops if is_loop(plain) else free).append((task, prompt))
-        if len(free) == config.num_prompts:
+
+    def plain_text(task: str, prompt: list[int]) -> list[int]:
+        check_prompt(target.config, prompt)
+        tokens = generate(target, prompt, seed=config.seed, **request_of(config, target)).tokens
+        # Two tokens are one cycle at least; what is shorter says nothing about decoding.
+        if len(tokens) > 2:
+            (loops if is_loop(tokens) else free).append((task, prompt))
+        return tokens
+
+    for candidate in candidates:
+        if isinstance(candidate, Question):
+            said = []
+            for turn in candidate.turns:
+                said.append(turn)
+                answer = plain_text(candidate.category, target.chat.prompt(said))
+                answer = [token for token in answer if token != target.chat.stop]
+                said.append(target.chat.encoding.decode(answer))
+        else:
+            plain_text(*candidate)
+        if len(free) >= config.num_prompts:
             break
     counts = {"candidates": len(free) + len(loops), "looped": len(loops)}
     print(f"{counts['looped']} of {counts['candidates']} candidate prompts end in a loop")
     return free + loops[: max(1, config.num_prompts // 4)], counts
+
+
+def request_of(config: BenchConfig, target) -> dict:
+    """What every text of a run is asked for with. A chat model may end its answer, and then stops."""
+    return dict(
+        max_new_tokens=config.max_new_tokens,
+        temperature=config.temperature,
+        top_k=config.top_k,
+        top_p=config.top_p,
+        stop_token=None if target.chat is None else target.chat.stop,
+    )
 
 
 def measure(config: BenchConfig, target, ready: dict, prompts: list) -> tuple[list, dict]:
@@ -175,8 +208,7 @@ def measure(config: BenchConfig, target, ready: dict, prompts: list) -> tuple[li
 
     Returns (a record per prompt, {method: [seconds of each prompt] for each run}).
     """
-    request = dict(max_new_tokens=config.max_new_tokens, temperature=config.temperature)
-    request |= dict(top_k=config.top_k, top_p=config.top_p)
+    request = request_of(config, target)
     methods = {"autoregressive": (None, None)} | ready
     samples = [{"task": task, "prompt": prompt, "methods": {}} for task, prompt in prompts]
     seconds = {name: [] for name in methods}
@@ -213,19 +245,31 @@ def measure(config: BenchConfig, target, ready: dict, prompts: list) -> tuple[li
     return samples, seconds
 
 
-def load_prompts(config: BenchConfig, text: Text, encoding) -> list[tuple[str, list[int]]]:
-    """(task, tokens) to choose from: of the test text, or the lines of --prompts_file."""
-    if config.prompts_file is None:
+def load_prompts(config: BenchConfig, target, text: Text | None, encoding) -> list:
+    """Candidates, (task, tokens) or questions: --prompts_file, or what is kept for testing.
+
+    For a chat model these are the questions of prompts.jsonl, for others passages of the test text.
+    """
+    chat = target.chat
+    if config.prompts_file is None and chat is None:
+        if config.split != "test":
+            raise UserError("--split valid: there are prompts for validation for chat models only")
         found, left_out = data.prompts(text.documents["test"], encoding, CANDIDATES, PROMPT_TOKENS)
         if left_out:
             print(f"left out for want of prompts: {', '.join(left_out)}")
     else:
+        path = Path(config.prompts_file or QUESTIONS)
         try:
-            lines = Path(config.prompts_file).read_text("utf-8").splitlines()
+            lines = [line for line in path.read_text("utf-8").splitlines() if line.strip()]
+            found = read_questions(path) if path.suffix == ".jsonl" else lines
         except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"--prompts_file {config.prompts_file}: {error}") from error
-        rows = [data.encode(encoding, line) for line in lines if line.strip()]
-        found = [("file", row) for row in rows]
+            raise UserError(f"--prompts_file {path}: {error}") from error
+        if path.suffix != ".jsonl":
+            found = [Question("file", [line]) for line in lines]
+        elif config.prompts_file is None:
+            found = [question for question in found if question.split == config.split]
+        if chat is None:
+            found = [(q.category, data.encode(encoding, q.turns[0])) for q in found]
     if not found:
         raise UserError("there is no prompt to measure with: give more text, or --prompts_file")
     return found
@@ -234,7 +278,11 @@ def load_prompts(config: BenchConfig, text: Text, encoding) -> list[tuple[str, l
 def check_prompts(config: BenchConfig, target, depth: int, prompts: list) -> list[int]:
     """How many tokens each prompt leaves room for. Raises UserError before any time is spent."""
     rooms = []
-    for _, prompt in prompts:
+    for candidate in prompts:
+        if isinstance(candidate, Question):
+            prompt = target.chat.prompt(candidate.turns[:1])
+        else:
+            prompt = candidate[1]
         check_prompt(target.config, prompt)
         rooms.append(min(config.max_new_tokens, target.config.context - len(prompt)))
         if rooms[-1] < depth + 2:
@@ -243,6 +291,18 @@ def check_prompts(config: BenchConfig, target, depth: int, prompts: list) -> lis
                 f"{depth + 2} are needed for each prompt"
             )
     return rooms
+
+
+def test_text(trained: dict) -> Text | None:
+    """The test part of the text that a target was trained on; None where that was elsewhere."""
+    about = trained["training"]
+    if "data" not in about:
+        return None
+    text = Text(about["settings"]["data"], text_packages(about["settings"]), ("test",))
+    if text.description["hash"] != about["data"]["hash"]:
+        raise UserError("the text has changed since the target was trained: its split is unknown")
+    text.use(trained["tokenizer"])
+    return text
 
 
 def commit() -> str | None:
@@ -269,12 +329,8 @@ def main() -> None:
     weight = target.embed.weight
     print(f"run {folder}, {describe_device(weight.device)}, heads {', '.join(heads)}")
     print(f"{weight.dtype}: {target.why_dtype}")
-    settings = trained["training"]["settings"]
-    text = Text(settings["data"], text_packages(settings), ("test",))
-    if text.description["hash"] != trained["training"]["data"]["hash"]:
-        raise UserError("the text has changed since the target was trained: its split is unknown")
-    text.use(trained["tokenizer"])
-    candidates = load_prompts(config, text, encoding)
+    text = test_text(trained)
+    candidates = load_prompts(config, target, text, encoding)
     sampling = config.temperature, config.top_k, config.top_p, config.seed
     sampler = Sampler(weight.device, *sampling)
     methods, ready = choose_methods(config, target, heads)
@@ -283,9 +339,11 @@ def main() -> None:
     prompts, counts = choose_prompts(config, target, candidates)
     rooms = check_prompts(config, target, depth, prompts)
 
-    rows = text.windows("test", target.config.context + 1)
-    features = Features(target, spread(rows, 64), 1.0, nullcontext)
-    on_text = {n: measure_acceptance(target, head, features, 64) for n, head in heads.items()}
+    on_text = None
+    if text is not None:
+        rows = text.windows("test", target.config.context + 1)
+        features = Features(target, spread(rows, 64), 1.0, nullcontext)
+        on_text = {n: measure_acceptance(target, head, features, 64) for n, head in heads.items()}
     middle = statistics.median(len(prompt) + room // 2 for (_, prompt), room in zip(prompts, rooms))
     middle = min(int(middle), target.config.context - depth - 1)
     costs = isolated_costs(target, ready, middle, sampler)

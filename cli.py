@@ -63,7 +63,9 @@ def parse(config_class, argv: list[str] | None = None, presets: dict | None = No
     if presets:
         first = Parser(add_help=False, allow_abbrev=False)
         first.add_argument("--preset", default=None)
-        name = first.parse_known_args(argv)[0].preset or default_preset()
+        first.add_argument("--target", default=None)
+        given = first.parse_known_args(argv)[0]
+        name = given.preset or ("pretrained" if given.target else default_preset())
         if name not in presets:
             raise UserError(f"unknown preset {name!r}: choose from {', '.join(presets)}")
         parser.set_defaults(preset=name, **presets[name])

@@ -25,7 +25,11 @@ Both have one interface, so that neither decoder, training nor benchmark asks wh
 In `absorb`, hidden[t] is the target's state after everything *before* tokens[t]: a head always sees
 a token together with the state that led to it. After a cycle the accepted tokens are absorbed
 again with their true states; to keep the guessed ones costs 8 to 15 % of the acceptance length
-(vLLM issue 14649). Read next: discriminator.py.
+(vLLM issue 14649).
+
+**Draft vocabulary** (FR-Spec, arXiv 2502.14856). Beside a large vocabulary the map to it is what
+drafting costs most. A head may know the S most frequent tokens only: its logits are then (.., S),
+q is 0 for all others, and the text is still exactly the target's. Read next: discriminator.py.
 """
 
 from dataclasses import asdict, dataclass
@@ -47,6 +51,7 @@ class HeadConfig:
     kind: str  # "medusa" or "eagle"
     layers: int = 1  # K
     num_heads: int = 4  # Medusa: the positions it can guess. EAGLE can go on as long as it likes
+    draft_vocab: int = 0  # S, the tokens it can guess; 0: all of the target's
 
     def __post_init__(self):
         if self.kind not in KINDS:
@@ -55,16 +60,66 @@ class HeadConfig:
             raise UserError("a draft head has at least one layer and one position")
 
 
-class Guess(NamedTuple):
-    """What a head says of a training window of T states, for draft positions i = 1..P.
+class Vocabulary(nn.Module):
+    """The tokens that a head can guess. Its logits are numbered by their places in here."""
 
-    `logits[i - 1]` (B, T - i, V): the guess of tokens[:, i + 1 :], made at states 0..T-1-i, to be
-    compared with the target's own p there, that of states i..T-1.
-    `features` (B, T - 1, D): the guessed hidden states, where the head makes any (EAGLE).
+    def __init__(self, size: int, target: GPT):
+        """`size` tokens, which ones is set by `choose` or comes with the weights; 0: all."""
+        super().__init__()
+        self.whole = target.config.vocab_size
+        self.register_buffer("tokens", torch.arange(size) if size else None)  # (S,)
+
+    def choose(self, counts: Tensor) -> None:
+        """Take those that are most frequent by `counts` (V,)."""
+        if self.tokens is not None:
+            order = counts.argsort(descending=True, stable=True)[: len(self.tokens)]
+            self.tokens.copy_(order.sort().values)
+
+    def rows(self, weight: Tensor) -> Tensor:
+        """Of an LM head (V, D) the rows that are of use (S, D)."""
+        return weight if self.tokens is None else weight[self.tokens]
+
+    def names(self, places: Tensor) -> Tensor:
+        """Places among the logits -> tokens."""
+        return places if self.tokens is None else self.tokens[places]
+
+    def places(self, tokens: Tensor) -> Tensor:
+        """Tokens -> their places; -1 for one that is not in here."""
+        if self.tokens is None:
+            return tokens
+        places = self.tokens.new_full((self.whole,), -1)
+        places[self.tokens] = torch.arange(len(self.tokens), device=places.device)
+        return places[tokens]
+
+    def spread(self, q: Tensor) -> Tensor:
+        """q (k, S) -> q (k, V), 0 for a token that is not in here."""
+        if self.tokens is None:
+            return q
+        return q.new_zeros(len(q), self.whole).index_copy_(1, self.tokens, q)
+
+
+class Batch(NamedTuple):
+    """Windows of text that heads learn from, of T + 1 tokens each."""
+
+    tokens: Tensor  # (B, T + 1)
+    hidden: Tensor  # (B, T, D): the target's states after all but the last of them
+    learn: Tensor  # (B, T + 1) bool: the tokens to be learnt, in a chat the model's own
+
+    def rows(self, values: Tensor, i: int) -> Tensor:
+        """Of `values` (B, T - i, ..), one for each state that draft position i is guessed at, those
+        whose token is to be learnt: (N, ..)."""
+        return values[self.learn[:, i + 1 :]]
+
+
+class Guess(NamedTuple):
+    """What a head says of a batch, for draft positions i = 1..P.
+
+    A guess at position i is made at a state t, of token x_{t+1+i}, and is to be compared with the
+    target's own p there, that of state t + i. `Batch.rows` tells which N there are.
     """
 
-    logits: list[Tensor]
-    features: Tensor | None
+    logits: list[Tensor]  # of each position (N, S)
+    features: list[Tensor] | None  # (N, D): the guessed hidden states, where there are any (EAGLE)
 
 
 class MedusaState:
@@ -94,8 +149,9 @@ class Medusa(nn.Module):
             torch.zeros(heads, width, width) for _ in range(config.layers)
         )
         self.biases = nn.ParameterList(torch.zeros(heads, 1, width) for _ in range(config.layers))
-        lm_head = target.lm_head.weight.detach().float()
-        self.out = nn.Parameter(lm_head.T.repeat(heads, 1, 1))  # (H, D, V)
+        self.vocabulary = Vocabulary(config.draft_vocab, target)
+        lm_head = self.vocabulary.rows(target.lm_head.weight.detach().float())
+        self.out = nn.Parameter(lm_head.T.repeat(heads, 1, 1))  # (H, D, S)
         self.position_weights = [0.8**i for i in range(1, heads + 1)]  # Medusa, equation 1
 
     @property
@@ -104,28 +160,34 @@ class Medusa(nn.Module):
         return self.config.num_heads
 
     def heads(self, hidden: Tensor) -> Tensor:
-        """hidden (N, D) -> logits of every head (H, N, V)."""
+        """hidden (N, D) -> logits of every head (H, N, S)."""
         u = hidden.expand(self.config.num_heads, *hidden.shape)  # (H, N, D)
         for weight, bias in zip(self.weights, self.biases):
             u = u + F.silu(torch.baddbmm(bias, u, weight))
         return torch.bmm(u, self.out)
 
-    def forward(self, tokens: Tensor, hidden: Tensor) -> Guess:
-        """tokens (B, T + 1), hidden (B, T, D): the training form."""
-        batch, length, _ = hidden.shape
-        logits = self.heads(hidden.flatten(0, 1)).unflatten(1, (batch, length))  # (H, B, T, V)
-        return Guess([logits[i - 1, :, : length - i] for i in range(1, len(logits) + 1)], None)
+    def forward(self, batch: Batch, own_steps: int = 1) -> Guess:
+        """The training form."""
+        guesses = []
+        for i in range(1, self.config.num_heads + 1):
+            u = batch.rows(batch.hidden[:, :-i], i)  # (N, D)
+            for weight, bias in zip(self.weights, self.biases):
+                u = u + F.silu(torch.addmm(bias[i - 1], u, weight[i - 1]))
+            guesses.append(u @ self.out[i - 1])  # (N, S)
+        return Guess(guesses, None)
 
-    def supervised_loss(self, guess: Guess, tokens: Tensor, hidden: Tensor, p: Tensor) -> Tensor:
+    def supervised_loss(self, guess: Guess, batch: Batch, p: list[Tensor]) -> Tensor:
         """Sum over i of 0.8^i CE(head_i, x_{t+1+i}), with the text's own tokens as labels."""
-        loss = hidden.new_zeros(())
+        loss = batch.hidden.new_zeros(())
         for i, (weight, logits) in enumerate(zip(self.position_weights, guess.logits), start=1):
-            labels = tokens[:, i + 1 :]  # (B, T - i)
-            loss = loss + weight * F.cross_entropy(logits.float().flatten(0, 1), labels.flatten())
+            labels = self.vocabulary.places(batch.rows(batch.tokens[:, i + 1 :], i))  # (N,)
+            loss = loss + weight * F.cross_entropy(logits.float(), labels)
         return loss
 
-    def prepare(self, tokens: Tensor, hidden: Tensor) -> None:
+    def prepare(self, target: GPT, batch: Batch) -> None:
         """Nothing to solve: a Medusa head starts from zeros and the target's LM head."""
+        with torch.no_grad():
+            self.out.copy_(self.vocabulary.rows(target.lm_head.weight).T)
 
     def start(self, max_length: int, batch: int = 1) -> MedusaState:
         return MedusaState()
@@ -135,7 +197,7 @@ class Medusa(nn.Module):
         state.hidden = hidden[:, -1]
 
     def expand(self, state: MedusaState, tokens=None, parents=None) -> Tensor:
-        """The next head's guess (B, 1, V): the same whatever nodes it follows. See Eagle.expand."""
+        """The next head's guess (B, 1, S): the same whatever nodes it follows. See Eagle.expand."""
         if tokens is None:
             state.logits, state.depth = self.heads(state.hidden), 0
         else:
@@ -156,12 +218,40 @@ class EagleState:
         self.depth = 0
 
 
+class Rollout:
+    """Keys and values of several passes over one training window, in the place of a cache.
+
+    Pass 1 reads the target's true states. In pass j + 1 each guess reads what the head itself
+    guessed in pass j, as it does while drafting: it sees true states up to j places before, and
+    from there on its own guesses, those of the passes before it.
+    """
+
+    def __init__(self, num_layers: int):
+        self.keys = [[] for _ in range(num_layers)]
+        self.values = [[] for _ in range(num_layers)]
+
+    def write(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        self.keys[layer].append(keys)
+        self.values[layer].append(values)
+        return torch.cat(self.keys[layer], 2), torch.cat(self.values[layer], 2)
+
+    def advance(self, count: int) -> None:
+        """Every pass is over the same places."""
+
+    @staticmethod
+    def mask(length: int, own: int, device) -> Tensor:
+        """(T, (own + 1) T) bool: what a place sees after `own` guesses of the head's own."""
+        place = torch.arange(length, device=device)
+        before = place[:, None] - place  # (T, T): how far back a key lies
+        return torch.cat([before >= own, *(before == own - j for j in range(1, own + 1))], 1)
+
+
 class Eagle(nn.Module):
     """Predicts the target's next hidden state with K decoder layers of the target's own kind."""
 
     autoregressive = True  # a guess depends on the drafted tokens before it
     max_draft = None  # it can go on as long as it likes
-    position_weights = [1.0]
+    position_weights = [0.8**i for i in range(8)]  # of the first, second, .. guess in a row
 
     def __init__(self, config: HeadConfig, target: GPT):
         super().__init__()
@@ -169,6 +259,7 @@ class Eagle(nn.Module):
         # The target's embedding and LM head are used as they are. In a tuple, because a module or
         # Parameter set as an attribute is registered here, and would be trained and saved with us.
         self._frozen = (target,)
+        self.vocabulary, self._lm_rows = Vocabulary(config.draft_vocab, target), None
         self.rotary = Rotary(target.config)
         self.combine = nn.Linear(2 * target.config.width, target.config.width)
         self.blocks = nn.ModuleList(Block(target.config) for _ in range(config.layers))
@@ -196,37 +287,55 @@ class Eagle(nn.Module):
 
     def logits(self, features: Tensor) -> Tensor:
         """The target's LM head on guessed states: gradients pass through it, and not into it."""
-        return F.linear(features, self.target.lm_head.weight.detach())
+        weight = self.target.lm_head.weight.detach()
+        if self._lm_rows is None or self._lm_rows.dtype != weight.dtype:
+            self._lm_rows = self.vocabulary.rows(weight)  # a copy, made once
+        return F.linear(features, self._lm_rows)
 
-    def forward(self, tokens: Tensor, hidden: Tensor) -> Guess:
-        """tokens (B, T + 1), hidden (B, T, D): the training form.
+    def forward(self, batch: Batch, own_steps: int = 1) -> Guess:
+        """The training form.
 
         In training, noise on the input states prepares the head for the errors of its own guesses,
         which it reads while drafting: uniform, a tenth of the states' size (EAGLE, section 4.2).
+        With `own_steps` above 1 it is trained on these guesses themselves, for as many draft
+        positions (HASS, 2408.15766; EAGLE-3, 2503.01840), along the text's own tokens: how good a
+        guess is matters only where all drafted before were accepted.
         """
-        hidden = hidden[:, :-1]
+        states = batch.hidden[:, :-1]
         if self.training:
-            hidden = hidden + hidden.std() * 0.1 * (2 * torch.rand_like(hidden) - 1)
-        features = self.step(tokens[:, 1:-1], hidden)
-        return Guess([self.logits(features)], features)
+            states = states + states.std() * 0.1 * (2 * torch.rand_like(states) - 1)
+        length, features, passes = states.shape[1], [], Rollout(self.config.layers)
+        cos, sin, mask = self.rotary(0, length)
+        for own in range(own_steps):
+            guessed = self.step(batch.tokens[:, 1:-1], states, passes, (cos, sin, mask))
+            # (B, T - 1, D), but the first `own` places have too few before them to guess so far.
+            features.append(batch.rows(guessed[:, own:], own + 1))
+            states = F.pad(guessed[:, :-1], (0, 0, 1, 0))  # read next, one place further on
+            mask = Rollout.mask(length, own + 1, states.device)
+        return Guess([self.logits(f) for f in features], features)
 
-    def supervised_loss(self, guess: Guess, tokens: Tensor, hidden: Tensor, p: Tensor) -> Tensor:
-        """SmoothL1(h', h) + 0.1 CE(p, q): EAGLE, section 3.2. p (B, T, V): the target's own."""
-        log_q = F.log_softmax(guess.logits[0].float(), dim=-1)
-        soft = -(p[:, 1:] * log_q).sum(-1).mean()
-        return F.smooth_l1_loss(guess.features.float(), hidden[:, 1:]) + 0.1 * soft
+    def supervised_loss(self, guess: Guess, batch: Batch, p: list[Tensor]) -> Tensor:
+        """SmoothL1(h', h) + 0.1 CE(p, q): EAGLE, section 3.2; weighted by position."""
+        loss = batch.hidden.new_zeros(())
+        for i, (logits, features) in enumerate(zip(guess.logits, guess.features), start=1):
+            true = batch.rows(batch.hidden[:, i:], i)
+            soft = -(p[i - 1] * F.log_softmax(logits.float(), dim=-1)).sum(-1).mean()
+            one = F.smooth_l1_loss(features.float(), true) + 0.1 * soft
+            loss = loss + self.position_weights[i - 1] * one
+        return loss
 
     @torch.no_grad()
-    def prepare(self, tokens: Tensor, hidden: Tensor) -> None:
+    def prepare(self, target: GPT, batch: Batch) -> None:
         """Set W in closed form: the best linear guess of h_{t+1} from [embed(x_{t+1}) ; h_t].
 
-        tokens (B, T + 1), hidden (B, T, D). The layers above start as the identity, so that the
-        head begins as this least-squares solution, worth many minutes of gradient steps.
+        The layers above start as the identity, so that the head begins as this least-squares
+        solution, worth many minutes of gradient steps.
         """
-        embedded = F.embedding(tokens[:, 1:-1], self.target.embed.weight)
-        inputs = torch.cat([embedded, hidden[:, :-1]], dim=-1).flatten(0, 1).double()  # (N, 2D)
+        embedded = F.embedding(batch.tokens[:, 1:-1], target.embed.weight)
+        inputs = torch.cat([embedded, batch.hidden[:, :-1]], dim=-1)
+        inputs = batch.rows(inputs, 1).double()  # (N, 2D)
         inputs = F.pad(inputs, (0, 1), value=1.0)  # the bias, as an input that is always 1
-        outputs = hidden[:, 1:].flatten(0, 1).double()  # (N, D)
+        outputs = batch.rows(batch.hidden[:, 1:], 1).double()  # (N, D)
         gram = inputs.T @ inputs  # (2D + 1, 2D + 1)
         gram.diagonal().add_(1e-6 * gram.diagonal().mean())  # a little ridge keeps it solvable
         solution = torch.linalg.solve(gram, inputs.T @ outputs).to(self.combine.weight.dtype)
@@ -244,7 +353,7 @@ class Eagle(nn.Module):
         state.length = state.cache.length
 
     def expand(self, state: EagleState, tokens=None, parents=None) -> Tensor:
-        """Logits (B, k, V) of what follows each of k nodes of the draft, all at one depth.
+        """Logits (B, k, S) of what follows each of k nodes of the draft, all at one depth.
 
         First without tokens: what follows the certain text, k = 1. Then, depth by depth, `tokens`
         (B, k) are read, and `parents` (k,) tells which node of the call before each one follows;

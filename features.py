@@ -15,6 +15,7 @@ from torch import Tensor
 import data
 from cli import UserError
 from discriminator import acceptance
+from draft_head import Batch
 from model import GPT
 
 DRAFT_POSITIONS = 4  # how far into a draft the held-out acceptance is measured
@@ -93,12 +94,17 @@ class Features:
         with self.autocast():
             return self.target(tokens[:, :-1]).float()
 
-    def batch(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        """Tokens (B, T + 1) and hidden states (B, T, D), on the target's device and of its dtype."""
+    def batch(self, index: Tensor) -> Batch:
+        """The windows of these numbers, on the target's device and of its dtype."""
         weight = self.target.embed.weight
         tokens = self.windows[index].long().to(weight.device)
         hidden = self.compute(tokens) if self.kept is None else self.kept[index]
-        return tokens, hidden.to(weight.dtype)
+        return Batch(tokens, hidden.to(weight.dtype), torch.ones_like(tokens, dtype=torch.bool))
+
+    def counts(self) -> Tensor:
+        """How often each token is to be learnt (V,)."""
+        tokens = self.windows.flatten().long()
+        return torch.bincount(tokens, minlength=self.target.config.vocab_size)
 
 
 @torch.no_grad()
@@ -113,7 +119,8 @@ def measure_acceptance(
     `ranks`, how often the head's r-th guess is the target's first choice, and `mass`, the mean p of
     that guess. Uses the decoder's own `absorb` and `expand`, many rows at once.
     """
-    tokens, hidden = features.batch(spread(torch.arange(len(features.windows)), count))
+    batch = features.batch(spread(torch.arange(len(features.windows)), count))
+    tokens, hidden, learn = batch
     positions = min(DRAFT_POSITIONS, head.max_draft or DRAFT_POSITIONS)
     length, drafts, alpha = hidden.shape[1], 0, torch.zeros(positions, dtype=torch.float64)
     ranks = torch.zeros(positions, min(RANKS, target.config.vocab_size), dtype=torch.float64)
@@ -123,16 +130,19 @@ def measure_acceptance(
     for start in starts:
         head.absorb(state, tokens[:, read + 1 : start + 1], hidden[:, read:start])
         read = start
-        drafts += len(tokens)
+        use = learn[:, start + 1 : start + positions + 1].all(1)  # (B,): all of it to be learnt
+        drafts += use.sum().item()
         for i, here in enumerate(range(start, start + positions)):
             # The text itself is the path.
             logits = head.expand(state, tokens[:, here, None]) if i else head.expand(state)
-            p = target.lm_head(hidden[:, here]).float().softmax(-1)
-            q = logits[:, 0].float().softmax(-1)
-            guesses = q.topk(ranks.shape[1]).indices  # (B, RANKS), the best first
+            p = target.lm_head(hidden[use, here]).float().softmax(-1)  # (B', V)
+            q = logits[use, 0].float().softmax(-1)  # (B', S)
+            guesses = head.vocabulary.names(q.topk(ranks.shape[1]).indices)  # (B', RANKS)
             ranks[i] += (guesses == p.argmax(-1, keepdim=True)).sum(0).cpu()
             mass[i] += p.gather(-1, guesses).sum(0).cpu()
-            alpha[i] += acceptance(p, q).sum().item()
+            alpha[i] += acceptance(head.vocabulary.rows(p.T).T, q).sum().item()
+    if drafts == 0:
+        raise UserError("the held-out text has nothing to learn in it: write or give more")
     ranks, mass, alpha = ranks / drafts, mass / drafts, alpha / drafts
     agree = ranks[:, 0]
     result = {f"agree_{i + 1}": value.item() for i, value in enumerate(agree)}

@@ -30,7 +30,7 @@ def evaluate(methods: dict, seed: int, samples: list, seconds: dict, costs: dict
         uncut = [r["produced"][: r["uncut_cycles"]] for r in rows]
         return np.array([sum(u) for u in uncut]), np.array([len(u) for u in uncut])
 
-    def speed(name: str) -> np.ndarray:
+    def speed(name: str, use: np.ndarray = use) -> np.ndarray:
         """Tokens/s of each run, over the prompts in use."""
         tokens = np.array([len(s["methods"][name]["tokens"]) - 1 for s in samples])
         return np.array([tokens[use].sum() / np.array(row)[use].sum() for row in seconds[name]])
@@ -63,7 +63,14 @@ def evaluate(methods: dict, seed: int, samples: list, seconds: dict, costs: dict
             "tau_interval": interval(resampled[name]),
             "tau_on_loops": float(tokens[~free].sum() / max(1, cycles[~free].sum())),
             "tau_by_task": {
-                t: float(tokens[m].sum() / cycles[m].sum()) for t, m in in_task.items() if m.any()
+                t: float(tokens[m].sum() / cycles[m].sum())
+                for t, m in in_task.items()
+                if cycles[m].any()
+            },
+            "speedup_by_task": {
+                t: float(np.median(speed(name, m) / speed("autoregressive", m)))
+                for t, m in in_task.items()
+                if cycles[m].any()
             },
             "accepted_histogram": [accepted.count(i) for i in range(deepest + 1)],
             "conditional_acceptance": [b / a for a, b in zip(reached, reached[1:]) if a],

@@ -52,12 +52,34 @@ PRESETS = {
     ),
 }
 
+# Beside a target from elsewhere (--target): for two CPU cores, but a GPU does more in the minutes.
+PRETRAINED = dict(
+    context=2048,
+    window=384,
+    head_data="self",
+    draft_vocab=8192,
+    own_steps=3,
+    batch_tokens=768,
+    head_lr=1e-3,
+    minutes=90.0,
+)
+
 
 @dataclass(frozen=True)
 class TrainConfig:
-    preset: str = option("cpu", "smoke: a minute, for tests; cpu: a laptop; gpu: a CUDA GPU")
+    preset: str = option(
+        "cpu",
+        "smoke: a minute, for tests; cpu: a laptop; gpu: a CUDA GPU; pretrained: for --target",
+    )
+    target: str | None = option(
+        None, "a pretrained target: smollm2, a GGUF file, or a folder with safetensors"
+    )
+    minutes: float | None = option(
+        None, "for all heads and their data; the amounts of both then follow from it"
+    )
+    more: bool = option(False, "go on with trained heads: write more data, train them further")
     stage: str = option("all", "what to train", choices=["target", "heads", "all"])
-    out_dir: str | None = option(None, "the run's folder; default: out/PRESET")
+    out_dir: str | None = option(None, "the run's folder; default: out/PRESET, or out/TARGET")
     head: str | None = option(
         None, "train this head only: medusa, eagle, medusa-NAME or eagle-NAME"
     )
@@ -88,8 +110,17 @@ class TrainConfig:
         "of the target; auto: muon unless bfloat16 is slow here",
         choices=["auto", "muon", "adamw"],
     )
+    head_data: str = option(
+        "corpus",
+        "what heads learn from: corpus, the text; self, what the target writes itself",
+        choices=["corpus", "self"],
+    )
+    window: int | None = option(None, "tokens of each text they learn from; default: --context")
     head_data_tokens: int = option(1_600_000, "tokens whose hidden states the heads learn from")
     head_tokens: int = option(3_200_000, "tokens each head trains on, repeats included")
+    draft_vocab: int = option(0, "tokens that a head can guess, the most frequent ones; 0: all")
+    own_steps: int = option(1, "draft positions that EAGLE is trained on, from its own guesses on")
+    own_from: float = option(0.6, "share of the head's steps before that; on true states till then")
     head_lr: float = option(2e-3, "peak learning rate of a head")
     supervised_share: float = option(0.6, "of the head's steps before the discriminator joins")
     discriminator_steps: int = option(200, "of D alone before it joins")
@@ -113,30 +144,61 @@ class TrainConfig:
             "head_data_tokens",
             "head_tokens",
             "batch_tokens",
+            "window",
+            "minutes",
+            "own_steps",
         )
         positive += ("target_lr", "head_lr", "discriminator_lr")
         for name in positive:
             if getattr(self, name) is not None and not 0 < getattr(self, name) < math.inf:
                 raise UserError(f"--{name} is {getattr(self, name)}, it must be above 0")
-        for name in ("adversarial_weight", "koala_weight", "cache_gb", "discriminator_steps"):
+        unsigned = ("adversarial_weight", "koala_weight", "cache_gb", "discriminator_steps")
+        for name in (*unsigned, "draft_vocab"):
             if getattr(self, name) is not None and not 0 <= getattr(self, name) < math.inf:
                 raise UserError(f"--{name} is {getattr(self, name)}, it must be 0 or more")
         if self.vocab_size < 257:
             raise UserError("--vocab_size must be at least 257: every byte, and the end of text")
-        if not 0 <= self.supervised_share <= 1:
-            raise UserError("--supervised_share must lie between 0 and 1")
+        for name in ("supervised_share", "own_from"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"--{name} is {getattr(self, name)}, it must lie between 0 and 1")
         if not 0 <= self.seed < 2**31:
             raise UserError(f"--seed is {self.seed}, it must lie between 0 and 2^31 - 1")
-        if self.context < 2 * DRAFT_POSITIONS:
-            raise UserError(f"--context must be at least {2 * DRAFT_POSITIONS}")
+        if min(self.context, self.head_window) < 2 * DRAFT_POSITIONS:
+            raise UserError(f"--context and --window must be at least {2 * DRAFT_POSITIONS}")
+        if self.head_window > self.context:
+            raise UserError(f"--window {self.window} is beyond the target's --context")
+        if self.own_steps > DRAFT_POSITIONS * 2:
+            raise UserError(f"--own_steps must be at most {DRAFT_POSITIONS * 2}")
+        if (self.preset == "pretrained") != (self.target is not None):
+            raise UserError("--preset pretrained and --target go together")
+        if self.target is not None and self.stage == "target" and self.data:
+            raise UserError("--stage target reads no --data where the target is pretrained")
 
     @property
     def folder(self) -> Path:
-        return Path(self.out_dir or f"out/{self.preset}")
+        name = self.preset if self.target is None else Path(self.target).stem.lower()
+        return Path(self.out_dir or f"out/{name}")
 
     @property
-    def windows_per_step(self) -> int:
-        return max(1, self.batch_tokens // self.context)
+    def head_window(self) -> int:
+        return self.window or self.context
+
+    @property
+    def head_tokens_per_step(self) -> int:
+        return max(1, self.batch_tokens // self.head_window) * self.head_window
+
+    def head_vocab(self, target) -> int:
+        """S of a head for this target; 0 where that is all it has."""
+        return self.draft_vocab if self.draft_vocab < target.config.vocab_size else 0
+
+    @property
+    def learns_from(self) -> str:
+        """What the heads of this run learn from: text that is given to a pretrained target counts."""
+        return "corpus" if self.target and self.data else self.head_data
+
+    @property
+    def needs_text(self) -> bool:
+        return self.target is None or self.learns_from == "corpus"
 
     def gpt(self, vocab_size: int) -> GPTConfig:
         return GPTConfig(
@@ -162,7 +224,9 @@ class TrainConfig:
 # What may differ between two commands that go on with the same run.
 FREE = {"preset", "stage", "out_dir", "head", "layers", "adversarial_weight", "device", "dtype"}
 FREE |= {"compile", "cache_gb", "optimizer"}  # each file records what it used of these
+FREE |= {"minutes", "more"}
 OF_HEADS = {"koala_weight", "discriminator", "head_data_tokens", "head_tokens", "head_lr"}
+OF_HEADS |= {"head_data", "window", "draft_vocab", "own_steps", "own_from"}
 OF_HEADS |= {"supervised_share", "discriminator_steps", "discriminator_lr"}
 
 
@@ -180,10 +244,14 @@ def head_settings(config: TrainConfig, name: str, target_print: str) -> dict:
     layers, weight = config.layers_and_weight(name)
     own = {"layers": layers, "adversarial_weight": weight, "target": target_print}
     unused = {"koala_weight"}  # it is in adversarial_weight already
+    if config.minutes is not None:
+        unused |= {"head_tokens", "head_data_tokens"}  # as many as there was time for: budget.py
     if weight == 0:
         unused |= {"discriminator", "discriminator_steps", "discriminator_lr", "supervised_share"}
     return settings(config, FREE | unused) | own
 
 
-def target_settings(config: TrainConfig, text: Text) -> dict:
+def target_settings(config: TrainConfig, text: Text | None) -> dict:
+    if config.target is not None:
+        return {"context": config.context}  # what it is, its own file says
     return settings(config, FREE | OF_HEADS) | {"text": text.description["hash"]}

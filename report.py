@@ -112,6 +112,29 @@ def bench_tables(result: dict) -> str:
                 f"| {name} | {f['with']} | {f['tau_ratio']:.3f} [{low:.3f}, {high:.3f}] "
                 f"| {f['net_speed']:.3f} ({slow:.3f} to {fast:.3f}) | {f['predicted']:.3f} |"
             )
+    lines += ["", "By task (loop-free prompts): tau, speedup measured (and predicted)", ""]
+    lines.append(task_table(result))
+    return "\n".join(lines)
+
+
+def task_table(result: dict) -> str:
+    """Of each method and task: tau, and the speedup measured (and predicted)."""
+    heads = result["figures"]["heads"]
+    tasks = list(next(iter(heads.values()))["tau_by_task"])
+    use = [s for s in result["samples"] if not s["loop"]]
+    counts = {t: sum(s["task"] == t for s in use) for t in tasks}
+    lines = ["| head | draft | " + " | ".join(f"{t} ({counts[t]})" for t in tasks) + " |"]
+    lines.append("|---|---|" + "---|" * len(tasks))
+    for name, f in heads.items():
+        method, cost = result["methods"][name], f["c_verify"] + f["c_draft"]
+        cells = [
+            f"{f['tau_by_task'][t]:.2f}, {f['speedup_by_task'][t]:.2f}x "
+            f"({f['tau_by_task'][t] / cost:.2f}x)"
+            if t in f["tau_by_task"]
+            else ""
+            for t in tasks
+        ]
+        lines.append(f"| {method['head']} | {draft_name(method)} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 

@@ -10,6 +10,7 @@ import ctypes
 import math
 import signal
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -21,7 +22,19 @@ from model import load_checkpoint, save_checkpoint
 # What of a log line is shown; the CSV has all of it.
 ON_SCREEN = ("loss", "valid_bits_per_byte", "loss_sup", "share_found", "gradient_ratio")
 ON_SCREEN += ("tau_estimate",)
+LOG_LINES = 30  # of each stage
 SAVE_SECONDS = 60  # how much work a crash can cost; an interrupt costs none
+
+
+class Autocast:
+    """`with autocast(): ...` computes in `dtype` what can be, where that is not float32 anyway."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype):
+        self.device, self.dtype = device, dtype
+
+    def __call__(self):
+        low = self.dtype != torch.float32
+        return torch.autocast(self.device.type, self.dtype) if low else nullcontext()
 
 
 def check_same(path: Path, old: dict, new: dict) -> None:

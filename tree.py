@@ -187,19 +187,20 @@ class FixedTree:
     def draft(self, head, state, root: Tensor, depth: int, sampler) -> Draft:
         """The tree below `root` (1,), down to `depth`. What is certain has been absorbed.
 
-        `sampler.children(logits (k, V), count)` -> tokens (k, count) and, where it is of use, the
-        law q (k, V) they were drawn from.
+        `sampler.children(logits (k, S), count)` -> tokens (k, count) and, where it is of use, the
+        law q (k, S) they were drawn from, both by their places in the head's vocabulary.
         """
         if depth < self.depth:
             return cut(self.paths, depth, self.device).draft(head, state, root, depth, sampler)
         tokens, q, k = [root], [], 1
-        logits = head.expand(state)[0]  # (1, V)
+        logits = head.expand(state)[0]  # (1, S)
         for i, level in enumerate(self.levels):
-            drawn, law = sampler.children(logits, level.count)
+            places, law = sampler.children(logits, level.count)
+            drawn = head.vocabulary.names(places)
             # A head that guesses alike whatever came before (Medusa) gives one row for all nodes:
             # they share their children, of which only one node's can come to be accepted.
             drawn = drawn.expand(k, -1).flatten()
-            q += [law.expand(k, -1)] if law is not None else []
+            q += [head.vocabulary.spread(law).expand(k, -1)] if law is not None else []
             drawn = drawn if level.places is None else drawn[level.places]
             tokens.append(drawn)
             if i + 1 < len(self.levels):
@@ -241,14 +242,16 @@ class GrowingTree:
     def draft(self, head, state, root: Tensor, depth: int, sampler) -> Draft:
         """The tree below `root` (1,), down to `depth`. What is certain has been absorbed.
 
-        `sampler.guesses(logits (k, V), count)` -> tokens (k, count), log-probabilities (k, count).
+        `sampler.guesses(logits (k, S), count)` -> tokens (k, count), by their places in the head's
+        vocabulary, and log-probabilities (k, count).
         """
         reach = torch.zeros(1, dtype=torch.float64, device=root.device)  # log-probability (k,)
         above = torch.zeros(1, dtype=torch.long, device=root.device)  # who they are (k,)
         tokens, parents, scores, seen = [root], [above], [reach], 1
-        logits = head.expand(state)[0]  # (1, V)
+        logits = head.expand(state)[0]  # (1, S)
         for i in range(depth):
-            found, log_q = sampler.guesses(logits, self.width)
+            places, log_q = sampler.guesses(logits, self.width)
+            found = head.vocabulary.names(places)
             # Strictly below its parent, even at probability 1: no node is kept without its parent.
             score = (reach[:, None] + log_q.double().clamp(max=-1e-9)).flatten()  # (k * width,)
             found = found.expand(len(reach), -1).flatten()  # Medusa's one row is for all nodes

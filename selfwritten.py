@@ -1,0 +1,231 @@
+"""Training data without any data set: the target writes it, its hidden states kept on the way.
+
+A draft head has to guess what the target *writes*; how well it guesses other people's text is beside
+the point. And a chat model can be made to write conversations out of nothing (Magpie, arXiv
+2406.08464): give it the opening of its chat format alone, and what it finds likeliest next is a
+user's question. Let it go on, and it answers; then comes the next question.
+
+    opening | question | to_answer | answer | to_ask | question | ...
+     ours      target's    ours      target's   ours
+
+Many conversations are written at once, one token each per pass: all are equally long, so that they
+need no padding, and the weights are read once for all. Answers are written at several temperatures,
+since decoding will be asked for both, certain text and varied text. Heads learn from the answers
+alone, the token included that ends them; `learn` marks these.
+
+The hidden state behind every token falls out of the writing, so it is kept, not computed again: in
+float16, in files that are mapped into memory and may be larger than it.
+"""
+
+import json
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from chat import Chat
+from cli import UserError
+from draft_head import Batch
+from sampling import distribution, sample
+
+TEMPERATURES = (0.2, 0.5, 0.9)  # of answers, in turn
+ASKING = 0.8  # temperature of questions: at 1 a small model asks nonsense
+ON_CPU, ON_GPU = 192, 1024  # texts written at once: more of them gain nothing any more
+QUESTION_TOKENS = 128  # a question that is longer is cut off: it should be answered some day
+
+
+class Conversations:
+    """What a target has written so far: windows of tokens, which of them to learn, and states.
+
+    `tokens` (N, T + 1), `learn` (N, T + 1) bool, `hidden` (N, T, D) float16, on disk.
+    """
+
+    def __init__(self, folder: Path, about: dict):
+        """`about`: the target and all that decides what it writes: "length" T, "width" D, ...
+
+        Raises UserError where what is there was written in another way.
+        """
+        self.folder, self.about, self.count, self.seconds = folder, about, 0, 0.0
+        folder.mkdir(parents=True, exist_ok=True)
+        if self.index.is_file():
+            try:
+                saved = json.loads(self.index.read_text())
+                self.count, self.seconds = saved.pop("count"), saved.pop("seconds")
+            except (ValueError, KeyError, AttributeError) as error:
+                raise UserError(f"{self.index} is damaged: remove {folder}") from error
+            for name, value in about.items():
+                if saved.get(name) != value:
+                    raise UserError(
+                        f"{folder} was written with {name} {saved.get(name)}, now it is {value}: "
+                        f"use the old value, another --out_dir, or remove the folder"
+                    )
+        self.map()
+
+    @property
+    def index(self) -> Path:
+        return self.folder / "index.json"
+
+    def map(self) -> None:
+        length, width = self.about["length"], self.about["width"]
+        self.tokens, self.learn, self.hidden = (
+            self.mapped(name, dtype, shape)
+            for name, dtype, shape in (
+                ("tokens", torch.int32, (length + 1,)),
+                ("learn", torch.bool, (length + 1,)),
+                ("hidden", torch.float16, (length, width)),
+            )
+        )
+
+    def mapped(self, name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+        if self.count == 0:
+            return torch.empty((0, *shape), dtype=dtype)
+        path, size = self.folder / name, self.count * int(np.prod(shape))
+        if not path.is_file() or path.stat().st_size < size * dtype.itemsize:
+            raise UserError(f"{path} is cut short: remove {self.folder}")
+        return torch.from_file(str(path), shared=False, size=size, dtype=dtype).view(-1, *shape)
+
+    def append(self, tokens: Tensor, learn: Tensor, hidden: Tensor, seconds: float) -> None:
+        """Write further windows, all of them or none: the index, which counts them, comes last."""
+        arrays = (tokens.int(), learn, hidden.half())
+        for name, array in zip(("tokens", "learn", "hidden"), arrays):
+            array = array.contiguous().cpu().numpy()
+            # What an interrupt left behind the last counted window is overwritten.
+            with open(self.folder / name, "r+b" if self.count else "wb") as file:
+                file.seek(self.count * array[0].nbytes)
+                file.write(array)
+                file.truncate()
+        self.count, self.seconds = self.count + len(tokens), self.seconds + seconds
+        scratch = self.index.with_suffix(".part")
+        scratch.write_text(json.dumps(self.about | {"count": self.count, "seconds": self.seconds}))
+        os.replace(scratch, self.index)
+        self.map()
+
+
+class Written:
+    """Some of the conversations, as heads learn from them: what `features.Features` is to a text."""
+
+    def __init__(self, target, conversations: Conversations, held_out: bool):
+        """One window in twenty is held out, and never learnt from."""
+        self.target, self.conversations = target, conversations
+        numbers = torch.arange(conversations.count)
+        self.numbers = numbers[(numbers % 20 == 0) == held_out]
+
+    @property
+    def windows(self) -> Tensor:
+        return self.conversations.tokens[self.numbers]
+
+    def batch(self, index: Tensor) -> Batch:
+        weight, written = self.target.embed.weight, self.conversations
+        picks = self.numbers[index]
+        parts = written.tokens[picks].long(), written.hidden[picks], written.learn[picks]
+        tokens, hidden, learn = (part.to(weight.device) for part in parts)
+        return Batch(tokens, hidden.to(weight.dtype), learn)
+
+    def counts(self) -> Tensor:
+        tokens = self.windows[self.conversations.learn[self.numbers]].long()
+        return torch.bincount(tokens, minlength=self.target.config.vocab_size)
+
+
+# ------------------------------------------------------------------------------------- writing
+
+
+class Turns:
+    """Many conversations at once: who is speaking in each, and what we write between turns."""
+
+    def __init__(self, chat: Chat, count: int, device):
+        scripts = (chat.to_ask, chat.to_answer)  # before a question, before an answer
+        longest = max(map(len, scripts))
+        padded = [script + [0] * (longest - len(script)) for script in scripts]
+        self.scripts = torch.tensor(padded, device=device)  # (2, longest)
+        self.lengths = torch.tensor([len(script) for script in scripts], device=device)
+        self.stop = chat.stop
+        self.answering = torch.zeros(count, dtype=torch.long, device=device)  # 0: asking
+        self.left = torch.zeros_like(self.answering)  # how much of our script is still to come
+        self.said = torch.zeros_like(self.answering)  # by the target in this turn
+
+    def next(self, choice: Tensor) -> tuple[Tensor, Tensor]:
+        """What the target would write (B,) -> what is written (B,), which of it is to be learnt."""
+        ours = self.left > 0
+        place = self.lengths[self.answering] - self.left.clamp(min=1)
+        endless = (self.answering == 0) & (self.said >= QUESTION_TOKENS)
+        choice = torch.where(endless, self.stop, choice)
+        token = torch.where(ours, self.scripts[self.answering, place], choice)
+        learn = ~ours & (self.answering == 1)
+        over = ~ours & (token == self.stop)
+        self.said = torch.where(over, 0, self.said + ~ours)
+        self.answering = self.answering ^ over.long()
+        self.left = torch.where(over, self.lengths[self.answering], self.left - ours.long())
+        return token, learn
+
+
+class Continuations:
+    """Texts that the target just goes on with, for one that knows no conversations."""
+
+    def next(self, choice: Tensor) -> tuple[Tensor, Tensor]:
+        return choice, torch.ones_like(choice, dtype=torch.bool)
+
+
+@torch.inference_mode()
+def write(target, opening: Tensor, length: int, turns, banned: Tensor, generator):
+    """Go on from `opening` (B, P) to T + 1 tokens, T = `length`, one pass a token for all.
+
+    `turns.next` has the last word on each token; `banned` tokens are never chosen. Returns tokens
+    (B, T + 1), learn (B, T + 1) and hidden (B, T, D) in float16, all on the CPU.
+    """
+    count, device = len(opening), opening.device
+    tokens = torch.zeros(count, length + 1, dtype=torch.int32)
+    learn = torch.zeros(count, length + 1, dtype=torch.bool)
+    hidden = torch.zeros(count, length, target.config.width, dtype=torch.float16)
+    heat = torch.tensor(TEMPERATURES, device=device).repeat(-(-count // len(TEMPERATURES)))[:count]
+    cache, place = target.new_cache(length, batch=count), 0
+    while place <= length:
+        end = place + opening.shape[1]
+        tokens[:, place:end] = opening
+        if end > length:
+            return tokens, learn, hidden
+        states = target(opening, cache)  # (B, P or 1, D)
+        hidden[:, place:end] = states
+        logits = target.lm_head(states[:, -1]).float()  # (B, V)
+        logits[:, banned] = -torch.inf
+        answering = getattr(turns, "answering", None)
+        warm = heat if answering is None else torch.where(answering == 1, heat, ASKING)
+        p = distribution(logits / warm[:, None], temperature=1.0)
+        u = torch.rand(count, generator=generator, device=device)
+        token, to_learn = turns.next(sample(p, u))
+        opening, place = token[:, None], end
+        learn[:, place] = to_learn
+
+
+def write_until(written: Conversations, target, encoding, chat, openings, enough) -> None:
+    """Have the target write until `enough(windows, seconds)`; an interrupt costs the last batch.
+
+    In chats, or, where `chat` is None, going on from some of `openings` (N, P).
+    """
+    device, length = target.embed.weight.device, written.about["length"]
+    at_once = ON_GPU if device.type == "cuda" else ON_CPU
+    stop = encoding.eot_token if chat is None else chat.stop
+    banned = sorted(set(encoding._special_tokens.values()) - {stop})
+    banned = torch.tensor(banned, device=device, dtype=torch.long)
+    while not enough(written.count, written.seconds):
+        begin = time.monotonic()
+        # Of the windows written before alone: a run that was interrupted writes what it would have.
+        seed = written.about["seed"] * 1_000_003 + written.count
+        generator = torch.Generator(device).manual_seed(seed)
+        if chat is not None:
+            opening, turns = torch.tensor([chat.opening] * at_once), Turns(chat, at_once, device)
+        else:
+            picks = torch.randint(
+                len(openings), (at_once,), generator=torch.Generator().manual_seed(seed)
+            )
+            opening, turns = openings[picks], Continuations()
+        rows = write(target, opening.to(device), length, turns, banned, generator)
+        seconds = time.monotonic() - begin
+        written.append(*rows, seconds)
+        print(
+            f"written: {written.count:,} texts of {length} tokens, {written.learn.sum().item():,} "
+            f"tokens to learn, {at_once * length / seconds:,.0f} tokens/s",
+            flush=True,
+        )
