@@ -26,6 +26,7 @@ from sampling import Sampler, argmax
 from tree import WIDTH, best_tree, chain, expected_length, fixed_tree, plan_draft, rank_rates
 
 SECONDS = 1.5  # that `best_size` may measure for
+LENGTH = 256  # of the text that they come after; half the window where that is less
 COUNTS = (1, 2, 4, 8, 16, 32)  # tokens of the passes it measures; the rest is interpolated
 CHAINS = range(1, 9)  # depths it considers
 TREES = (4, 6, 8, 10, 12, 16, 20, 24, 31)  # nodes; with the root at most 32 tokens a pass
@@ -146,7 +147,7 @@ def choose_dtype(name: str, target) -> tuple[torch.dtype, str]:
     if device.type == "cuda":
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
         return (torch.bfloat16, "supported") if fast else (torch.float32, "bfloat16 unsupported")
-    middle = target.config.context // 2
+    middle = min(LENGTH, target.config.context // 2)
     samples = {torch.float32: [], torch.bfloat16: []}
     benches = {dtype: Bench(copy.deepcopy(target).to(dtype), middle, 8) for dtype in samples}
     for _ in range(6):
@@ -213,7 +214,8 @@ def size_costs(target, head, sizes: list, temperature: float = 0.0) -> tuple[dic
     most = max(nodes or gamma for gamma, nodes in sizes) + 1
     counts = [n for n in COUNTS if n < most] + [most]
     sampler = Sampler(target.embed.weight.device, temperature)
-    bench = Bench(target, min(context // 2, context - longest - 1), most, sampler)
+    length = min(LENGTH, context // 2, context - longest - 1)
+    bench = Bench(target, length, most, sampler)
     jobs = {n: (bench.read, n) for n in counts}
     drafts = {}  # what a tree costs to draft is a matter of its depth, hardly of its nodes
     for gamma, nodes in sizes:

@@ -43,17 +43,21 @@ class Discriminator(nn.Module):
         """`lm_head` (V, D): frozen. `num_positions`: draft positions, each judged on its own."""
         super().__init__()
         width = lm_head.shape[1]
-        self._frozen = (lm_head.detach(),)  # in a tuple: neither a parameter nor saved with D
+        self.judge_by(lm_head)
         self.read = nn.Linear(2 * width, hidden)
         self.position = nn.Embedding(num_positions, hidden)
         self.judge = nn.Linear(hidden, width + 1)
         nn.init.zeros_(self.judge.weight)  # D starts at 1/2 for every token
         nn.init.zeros_(self.judge.bias)
 
-    def forward(self, before: Tensor, after: Tensor, position: int) -> Tensor:
-        """States (B, T, D): `before`, the head's input h_t, and `after`, the target's own h+.
+    def judge_by(self, lm_head: Tensor) -> None:
+        """Take these rows of the LM head, of the tokens that the draft head can guess (S, D)."""
+        self._frozen = (lm_head.detach(),)  # in a tuple: neither a parameter nor saved with D
 
-        Returns the logits of D for every token (B, T, V).
+    def forward(self, before: Tensor, after: Tensor, position: int) -> Tensor:
+        """States (.., D): `before`, the head's input h_t, and `after`, the target's own h+.
+
+        Returns the logits of D for every token (.., S).
         """
         where = self.position.weight[position]
         context = F.silu(self.read(torch.cat([before, after], dim=-1)) + where)

@@ -75,6 +75,10 @@ class Vocabulary(nn.Module):
             order = counts.argsort(descending=True, stable=True)[: len(self.tokens)]
             self.tokens.copy_(order.sort().values)
 
+    def coverage(self, counts: Tensor) -> float:
+        """The share of a text, whose tokens have these counts (V,), that a head can guess."""
+        return (self.rows(counts).sum() / counts.sum()).item()
+
     def rows(self, weight: Tensor) -> Tensor:
         """Of an LM head (V, D) the rows that are of use (S, D)."""
         return weight if self.tokens is None else weight[self.tokens]

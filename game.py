@@ -113,7 +113,7 @@ class HeadTraining:
 
     def start(self, train) -> None:
         """Before the first step: which tokens the head can guess, and its start in closed form."""
-        self.head.vocabulary.choose(train.counts())
+        self.head.vocabulary.choose(train.counts().to(self.target.embed.weight.device))
         self.ready()
         sample = spread(torch.arange(len(train.windows)), 32 * 512 // self.config.head_window)
         self.head.prepare(self.target, self.known(train.batch(sample)))
@@ -122,7 +122,7 @@ class HeadTraining:
         """Once the head's vocabulary is settled."""
         self.game = Game(self.target, self.head, self.discriminator)
         if self.discriminator is not None:
-            self.discriminator._frozen = (self.game.lm_head,)
+            self.discriminator.judge_by(self.game.lm_head)
         self.head.train()
 
     def known(self, batch: Batch) -> Batch:

@@ -41,7 +41,7 @@ def plot_training(folder: Path, names: list[str]) -> None:
         with open(folder / f"{name}.csv", newline="") as file:
             rows = list(csv.DictReader(file))
         return {
-            key: tuple(zip(*[(int(r["step"]), float(r[key])) for r in rows if r[key]]))
+            key: tuple(zip(*[(int(r["tokens"]) / 1e6, float(r[key])) for r in rows if r[key]]))
             for key in rows[0]
         }
 
@@ -49,7 +49,12 @@ def plot_training(folder: Path, names: list[str]) -> None:
     figure, axes = plt.subplots(2, 2, figsize=(11, 7.5), layout="constrained")
     if (folder / "target.csv").is_file():
         axes[0, 0].plot(*read("target")["loss"], color="black")
-    axes[0, 0].set(title="Target: training loss", xlabel="step", ylabel="cross entropy (nats)")
+        axes[0, 0].set(title="Target: training loss", ylabel="cross entropy (nats)")
+    else:  # it was trained elsewhere
+        for name, log in logs.items():
+            (line,) = axes[0, 0].plot(*log["agree_1"], label=f"{name}, position 1")
+            axes[0, 0].plot(*log["agree_4"], "--", color=line.get_color(), label="position 4")
+        axes[0, 0].set(title="Heads: same first choice as the target, held out", ylabel="share")
     for name, log in logs.items():
         axes[0, 1].plot(*log["loss_sup"], label=name)
         axes[1, 0].plot(*log["tau_estimate"], marker="o", label=name)
@@ -57,12 +62,13 @@ def plot_training(folder: Path, names: list[str]) -> None:
             if key in log:
                 axes[1, 1].plot(*log[key], line, label=f"{name}: {key.replace('_', ' ')}")
     title = "Heads: supervised loss (each kind has its own)"
-    axes[0, 1].set(title=title, xlabel="step", ylabel="L_sup", yscale="log")
-    title = "Heads: estimated acceptance length, validation text"
-    axes[1, 0].set(title=title, xlabel="step", ylabel="tokens per target pass")
+    axes[0, 1].set(title=title, ylabel="L_sup", yscale="log")
+    title = "Heads: estimated acceptance length, held-out text"
+    axes[1, 0].set(title=title, ylabel="tokens per target pass")
     title = "Discriminator: accuracy against its bound, share found"
-    axes[1, 1].set(title=title, xlabel="step", ylabel="share")
+    axes[1, 1].set(title=title, ylabel="share")
     for axis in axes.flat:
+        axis.set(xlabel="tokens trained on (millions)")
         axis.grid(alpha=0.3)
         if axis.get_legend_handles_labels()[0]:
             axis.legend(fontsize=8)

@@ -34,6 +34,7 @@ from sampling import distribution, sample
 TEMPERATURES = (0.2, 0.5, 0.9)  # of answers, in turn
 ASKING = 0.8  # temperature of questions: at 1 a small model asks nonsense
 ON_CPU, ON_GPU = 192, 1024  # texts written at once: more of them gain nothing any more
+CACHE_BYTES = 8e9  # the most that their keys and values may take
 QUESTION_TOKENS = 128  # a question that is longer is cut off: it should be answered some day
 
 
@@ -132,10 +133,16 @@ class Written:
 # ------------------------------------------------------------------------------------- writing
 
 
+def in_turn(count: int, device) -> Tensor:
+    """The temperatures of `count` texts (B,)."""
+    return torch.tensor(TEMPERATURES, device=device)[torch.arange(count) % len(TEMPERATURES)]
+
+
 class Turns:
     """Many conversations at once: who is speaking in each, and what we write between turns."""
 
     def __init__(self, chat: Chat, count: int, device):
+        self.heat = in_turn(count, device)
         scripts = (chat.to_ask, chat.to_answer)  # before a question, before an answer
         longest = max(map(len, scripts))
         padded = [script + [0] * (longest - len(script)) for script in scripts]
@@ -145,6 +152,10 @@ class Turns:
         self.answering = torch.zeros(count, dtype=torch.long, device=device)  # 0: asking
         self.left = torch.zeros_like(self.answering)  # how much of our script is still to come
         self.said = torch.zeros_like(self.answering)  # by the target in this turn
+
+    def temperatures(self) -> Tensor:
+        """Of the next token of each text (B,)."""
+        return torch.where(self.answering == 1, self.heat, ASKING)
 
     def next(self, choice: Tensor) -> tuple[Tensor, Tensor]:
         """What the target would write (B,) -> what is written (B,), which of it is to be learnt."""
@@ -164,6 +175,12 @@ class Turns:
 class Continuations:
     """Texts that the target just goes on with, for one that knows no conversations."""
 
+    def __init__(self, count: int, device):
+        self.heat = in_turn(count, device)
+
+    def temperatures(self) -> Tensor:
+        return self.heat
+
     def next(self, choice: Tensor) -> tuple[Tensor, Tensor]:
         return choice, torch.ones_like(choice, dtype=torch.bool)
 
@@ -173,13 +190,13 @@ def write(target, opening: Tensor, length: int, turns, banned: Tensor, generator
     """Go on from `opening` (B, P) to T + 1 tokens, T = `length`, one pass a token for all.
 
     `turns.next` has the last word on each token; `banned` tokens are never chosen. Returns tokens
-    (B, T + 1), learn (B, T + 1) and hidden (B, T, D) in float16, all on the CPU.
+    (B, T + 1), learn (B, T + 1) and hidden (B, T, D) in float16.
     """
     count, device = len(opening), opening.device
-    tokens = torch.zeros(count, length + 1, dtype=torch.int32)
-    learn = torch.zeros(count, length + 1, dtype=torch.bool)
-    hidden = torch.zeros(count, length, target.config.width, dtype=torch.float16)
-    heat = torch.tensor(TEMPERATURES, device=device).repeat(-(-count // len(TEMPERATURES)))[:count]
+    tokens = torch.zeros(count, length + 1, dtype=torch.int32, device=device)
+    learn = torch.zeros(count, length + 1, dtype=torch.bool, device=device)
+    shape = (count, length, target.config.width)
+    hidden = torch.zeros(shape, dtype=torch.float16, device=device)
     cache, place = target.new_cache(length, batch=count), 0
     while place <= length:
         end = place + opening.shape[1]
@@ -190,9 +207,7 @@ def write(target, opening: Tensor, length: int, turns, banned: Tensor, generator
         hidden[:, place:end] = states
         logits = target.lm_head(states[:, -1]).float()  # (B, V)
         logits[:, banned] = -torch.inf
-        answering = getattr(turns, "answering", None)
-        warm = heat if answering is None else torch.where(answering == 1, heat, ASKING)
-        p = distribution(logits / warm[:, None], temperature=1.0)
+        p = distribution(logits / turns.temperatures()[:, None], temperature=1.0)
         u = torch.rand(count, generator=generator, device=device)
         token, to_learn = turns.next(sample(p, u))
         opening, place = token[:, None], end
@@ -202,13 +217,18 @@ def write(target, opening: Tensor, length: int, turns, banned: Tensor, generator
 def write_until(written: Conversations, target, encoding, chat, openings, enough) -> None:
     """Have the target write until `enough(windows, seconds)`; an interrupt costs the last batch.
 
-    In chats, or, where `chat` is None, going on from some of `openings` (N, P).
+    In chats, or, where `chat` is None, going on from some of `openings` (N, P). Raises UserError
+    for a window in which nothing can be written.
     """
     device, length = target.embed.weight.device, written.about["length"]
-    at_once = ON_GPU if device.type == "cuda" else ON_CPU
+    one = target.new_cache(length).keys
+    at_once = int(CACHE_BYTES // (2 * one.numel() * one.element_size()))
+    at_once = max(1, min(at_once, ON_GPU if device.type == "cuda" else ON_CPU))
     stop = encoding.eot_token if chat is None else chat.stop
     banned = sorted(set(encoding._special_tokens.values()) - {stop})
     banned = torch.tensor(banned, device=device, dtype=torch.long)
+    if chat is not None and len(chat.opening) >= length:
+        raise UserError(f"--window {length} is too small: this chat opens with {len(chat.opening)}")
     while not enough(written.count, written.seconds):
         begin = time.monotonic()
         # Of the windows written before alone: a run that was interrupted writes what it would have.
@@ -217,10 +237,9 @@ def write_until(written: Conversations, target, encoding, chat, openings, enough
         if chat is not None:
             opening, turns = torch.tensor([chat.opening] * at_once), Turns(chat, at_once, device)
         else:
-            picks = torch.randint(
-                len(openings), (at_once,), generator=torch.Generator().manual_seed(seed)
-            )
-            opening, turns = openings[picks], Continuations()
+            order = torch.randperm(len(openings), generator=torch.Generator().manual_seed(seed))
+            opening = openings[order[torch.arange(at_once) % len(order)]]
+            turns = Continuations(at_once, device)
         rows = write(target, opening.to(device), length, turns, banned, generator)
         seconds = time.monotonic() - begin
         written.append(*rows, seconds)

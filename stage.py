@@ -136,7 +136,8 @@ class Stage:
             f"{speed:,.0f} tokens/s  {left / 60:.1f} min left",
             flush=True,
         )
-        self.rows.append({"step": self.step + 1, "seconds": round(self.elapsed(), 1), **values})
+        place = {"step": self.step + 1, "tokens": (self.step + 1) * tokens_per_step}
+        self.rows.append(place | {"seconds": round(self.elapsed(), 1), **values})
         columns = list(dict.fromkeys(key for row in self.rows for key in row))
         with open(self.log_path, "w", newline="") as file:
             writer = csv.DictWriter(file, columns)

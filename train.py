@@ -85,6 +85,9 @@ def train_head(
         training.ready()
     else:
         training.start(train)
+    coverage = head.vocabulary.coverage(valid.counts().to(target.embed.weight.device))
+    if config.head_vocab(target):
+        print(f"{name}: guesses {config.draft_vocab} tokens, {coverage:.2%} of held-out text")
     seed = config.seed + 97 * wanted.get("round", 0)  # a further round sees the text in a new order
 
     def batch(step: int, seed: int) -> Batch:
@@ -120,6 +123,7 @@ def train_head(
         "steps": steps,
         "seconds": stage.elapsed() + sum(r["seconds"] for r in rounds),
         "parameters": sum(p.numel() for p in head.parameters()),
+        "coverage": coverage,  # share of held-out text whose tokens it can guess
         "valid": measure_acceptance(target, head, valid, len(valid.windows), by_rank=True),
         "log": [row for row in stage.rows if "tau_estimate" in row],
     }
@@ -153,9 +157,12 @@ def self_written(config: TrainConfig, target, checkpoint: dict, text, budget: Bu
     written = Conversations(config.folder / "conversations", about)
     encoding = data.build_encoding(checkpoint["tokenizer"])
     chat = Chat.of(encoding, checkpoint["tokenizer"])
-    openings = text.windows("train", OPENING).long() if chat is None else None
+    openings = None
+    if chat is None:
+        openings = text.windows("train", min(OPENING, config.head_window // 2)).long()
     writer = copy.deepcopy(target).to(autocast.dtype)  # as it will be when it decodes
     write_until(written, writer, encoding, chat, openings, budget.enough)
+    del writer  # as large as the target
     return Written(target, written, held_out=False), Written(target, written, held_out=True)
 
 
