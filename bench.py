@@ -23,6 +23,7 @@ import platform
 import statistics
 import subprocess
 import sys
+from collections import Counter
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from datetime import date
@@ -245,6 +246,15 @@ def measure(config: BenchConfig, target, ready: dict, prompts: list) -> tuple[li
     return samples, seconds
 
 
+def in_turn(questions: list[Question]) -> list[Question]:
+    """The first of each category, then the second of each, ..: so that a part is of all kinds."""
+    seen, places = Counter(), []
+    for question in questions:
+        seen[question.category] += 1
+        places.append(seen[question.category])
+    return [q for _, q in sorted(zip(places, questions), key=lambda pair: pair[0])]
+
+
 def load_prompts(config: BenchConfig, target, text: Text | None, encoding) -> list:
     """Candidates, (task, tokens) or questions: --prompts_file, or what is kept for testing.
 
@@ -267,7 +277,7 @@ def load_prompts(config: BenchConfig, target, text: Text | None, encoding) -> li
         if path.suffix != ".jsonl":
             found = [Question("file", [line]) for line in lines]
         elif config.prompts_file is None:
-            found = [question for question in found if question.split == config.split]
+            found = in_turn([question for question in found if question.split == config.split])
         if chat is None:
             found = [(q.category, data.encode(encoding, q.turns[0])) for q in found]
     if not found:

@@ -158,6 +158,10 @@ def gpt_weights(source: Source) -> dict[str, Tensor]:
 
 
 def read_gguf(path: Path, context: int) -> Source:
+    """What a GGUF file says of its model, for a window of at most `context`. Needs gguf.
+
+    Raises UserError for what is not read, and whatever a damaged file makes gguf raise.
+    """
     import gguf
 
     reader = gguf.GGUFReader(path)
@@ -232,6 +236,10 @@ def read_gguf(path: Path, context: int) -> Source:
 
 
 def read_safetensors(folder: Path, context: int) -> Source:
+    """What a folder as on the hub says of its model, for a window of at most `context`.
+
+    Needs safetensors. Raises UserError for what is not read, and whatever damaged files make it raise.
+    """
     from safetensors import safe_open
 
     def json_file(name: str, default: dict | None = None) -> dict:

@@ -113,10 +113,7 @@ class Written:
         self.target, self.conversations = target, conversations
         numbers = torch.arange(conversations.count)
         self.numbers = numbers[(numbers % 20 == 0) == held_out]
-
-    @property
-    def windows(self) -> Tensor:
-        return self.conversations.tokens[self.numbers]
+        self.windows = conversations.tokens[self.numbers]  # (N, T + 1), as in Features
 
     def batch(self, index: Tensor) -> Batch:
         weight, written = self.target.embed.weight, self.conversations
