@@ -181,7 +181,10 @@ def choose_prompts(config: BenchConfig, target, candidates: list) -> tuple[list,
             said = []
             for turn in candidate.turns:
                 said.append(turn)
-                answer = plain_text(candidate.category, target.chat.prompt(said))
+                prompt = target.chat.prompt(said)
+                if len(said) > 1 and len(prompt) + config.max_new_tokens > target.config.context:
+                    break  # it has outgrown the window: its earlier turns count
+                answer = plain_text(candidate.category, prompt)
                 answer = [token for token in answer if token != target.chat.stop]
                 said.append(target.chat.encoding.decode(answer))
         else:

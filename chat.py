@@ -96,7 +96,11 @@ def read_questions(path: Path) -> list[Question]:
         try:
             row = json.loads(line)
             turns = row["turns"]
-            if not turns or not all(isinstance(turn, str) and turn.strip() for turn in turns):
+            if (
+                not isinstance(turns, list)
+                or not turns
+                or not all(isinstance(turn, str) and turn.strip() for turn in turns)
+            ):
                 raise ValueError("its turns are not texts")
         except (ValueError, KeyError, TypeError) as error:
             reason = f"no {error}" if isinstance(error, KeyError) else error

@@ -137,6 +137,8 @@ class HeadTraining:
         self.d_optimizer.step()
 
     def discriminator_alone(self, batch: Batch) -> None:
+        if not batch.learn[:, 1 + (self.head.max_draft or self.config.own_steps) :].any():
+            return
         with torch.no_grad(), self.autocast():
             guess, p = self.game.guess(batch, self.config.own_steps)
         self.discriminator_step(batch, guess, p)
@@ -146,7 +148,8 @@ class HeadTraining:
 
         `own_steps`: draft positions that EAGLE learns from. `rate`: of the peak learning rate.
         """
-        if not batch.learn[:, 1 + len(self.head.position_weights) :].any():
+        positions = self.head.max_draft or own_steps
+        if not batch.learn[:, 1 + positions :].any():
             return {}  # nobody answers here: the mean of no losses is no number
         with self.autocast():
             guess, p = self.game.guess(batch, own_steps)

@@ -31,8 +31,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from chat import Chat
 from cli import UserError
-from data import END_OF_TEXT
+from data import END_OF_TEXT, build_encoding
 from model import GPT, GPTConfig, save_target
 
 # Targets that a Python package brings along, by the name that --target takes: (package, file).
@@ -114,13 +115,14 @@ def import_target(path: Path, checkpoint: Path, context: int) -> None:
         target = GPT(source.config)
         target.load_state_dict(gpt_weights(source))
         tokenizer = byte_level_bpe(source)
+        Chat.of(build_encoding(tokenizer), tokenizer)  # refuses a format it could not follow
     except ImportError as error:
         raise UserError(
             f"{error.name} is missing: pip install -r requirements-pretrained.txt"
         ) from error
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
-    except (OSError, ValueError, KeyError, IndexError, RuntimeError) as error:
+    except Exception as error:  # a damaged file fails in as many ways as there are libraries
         reason = f"no {error}" if isinstance(error, KeyError) else error
         raise UserError(f"{path} is damaged, or no model we can read: {reason}") from error
     digest = hashlib.sha256()
@@ -252,6 +254,8 @@ def read_safetensors(folder: Path, context: int) -> Source:
         raise UserError(f"its architecture is {said['model_type']}, only llama can be read")
     if said.get("head_dim", 0) not in (None, 0, said["hidden_size"] // said["num_attention_heads"]):
         raise UserError("the width of its heads is not that of the model divided by their number")
+    if said.get("hidden_act", "silu") != "silu":
+        raise UserError(f"its activation is {said['hidden_act']}, this GPT has silu")
     where = {}  # name of a tensor -> the file that holds it
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, "pt") as file:

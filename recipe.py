@@ -10,7 +10,7 @@ from pathlib import Path
 
 from cli import UserError, option
 from draft_head import KINDS
-from features import DRAFT_POSITIONS, Text
+from features import DRAFT_POSITIONS, RANKS, Text
 from model import GPTConfig
 
 # name -> (K, lambda): the original heads, and KOALA's.
@@ -156,6 +156,8 @@ class TrainConfig:
         for name in (*unsigned, "draft_vocab"):
             if getattr(self, name) is not None and not 0 <= getattr(self, name) < math.inf:
                 raise UserError(f"--{name} is {getattr(self, name)}, it must be 0 or more")
+        if 0 < self.draft_vocab < RANKS:
+            raise UserError(f"--draft_vocab must be 0 (all tokens) or at least {RANKS}")
         if self.vocab_size < 257:
             raise UserError("--vocab_size must be at least 257: every byte, and the end of text")
         for name in ("supervised_share", "own_from"):

@@ -55,7 +55,7 @@ class Conversations:
             try:
                 saved = json.loads(self.index.read_text())
                 self.count, self.seconds = saved.pop("count"), saved.pop("seconds")
-            except (ValueError, KeyError, AttributeError) as error:
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise UserError(f"{self.index} is damaged: remove {folder}") from error
             for name, value in about.items():
                 if saved.get(name) != value:

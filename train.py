@@ -177,6 +177,8 @@ def train_heads(config: TrainConfig, text: Text | None, device, autocast) -> Non
     """Train the heads that are still missing, then write the table and the plot."""
     folder = config.folder
     target, checkpoint = load_target(folder / "target.pt", device)
+    if config.head_window > target.config.context:
+        raise UserError(f"--window {config.head_window}: this target reads {target.config.context}")
     target_print = checkpoint["fingerprint"]
     names = [config.head] if config.head else list(HEADS)
     paths = [folder / f"{name}.pt" for name in names]

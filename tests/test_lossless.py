@@ -15,6 +15,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from toys import (
     BYTES,
     FALSE_ALARM,
@@ -31,9 +32,10 @@ from toys import (
 )
 
 from cli import UserError
+from draft_head import Vocabulary
 from show import Printer, harmless, trace_lines
 from speculate import Cycle, generate
-from tree import Draft, chain, fixed_tree
+from tree import Draft, GrowingTree, chain, fixed_tree
 
 PROMPT_LENGTHS = (1, 2, 7, 22, 23)  # of a context of 24
 GAMMAS = (1, 2, 4, 8)
@@ -137,6 +139,52 @@ def test_greedy_text_does_not_depend_on_the_seed(target, prompts):
     head = tiny_head("eagle", 1, target)
     texts = [generate(target, prompts[1], 20, head=head, seed=seed).tokens for seed in range(5)]
     assert all(text == texts[0] for text in texts)
+
+
+# --------------------------------------------------------- heads that know a part of the vocabulary
+
+PLANS = {
+    "chain": fixed_tree(chain(4), torch.device("cpu")),
+    "fixed tree": fixed_tree(((0,), (1,), (2,), (0, 0), (0, 1), (1, 0)), torch.device("cpu")),
+    "growing tree": GrowingTree(12, 4, 3, torch.device("cpu")),
+}
+
+
+@pytest.fixture(scope="module")
+def favourite(target, prompts) -> int:
+    """The token that the target writes most often."""
+    texts = [token for prompt in prompts for token in generate(target, prompt, 100).tokens]
+    return max(set(texts), key=texts.count)
+
+
+@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
+def test_greedy_text_has_the_tokens_that_the_head_does_not_know(
+    target, kind, plan, prompts, favourite, without_favourite
+):
+    head, drafted, accepted = without_favourite(kind), set(), 0
+
+    def note(cycle):
+        nonlocal accepted
+        drafted.update(cycle.draft.tokens[1:].tolist())
+        accepted += cycle.accepted
+
+    written = []
+    for prompt in prompts:
+        whole = generate(target, prompt, 100).tokens
+        for stop in (None, favourite):
+            expected = whole[: whole.index(stop) + 1] if stop in whole else whole
+            request = dict(head=head, plan=plan, stop_token=stop, on_cycle=note)
+            assert generate(target, prompt, 100, **request).tokens == expected
+        written += whole
+    assert favourite in written and accepted > 0
+    assert drafted and drafted <= set(head.vocabulary.tokens.tolist())
+
+
+@pytest.fixture(scope="module")
+def without_favourite(target, favourite):
+    """without_favourite(kind): a trained head of seven tokens, the target's favourite not there."""
+    knows = tuple(token for token in range(target.config.vocab_size) if token != favourite)[::2]
+    return cache(lambda kind: tiny_head(kind, 1, target, steps=60, knows=knows))
 
 
 # ----------------------------------------------------------------------------- what the head is fed
@@ -378,6 +426,52 @@ def test_sampled_text_has_the_law_that_top_k_and_top_p_leave(sampled_target, sam
     assert p_value > FALSE_ALARM
 
 
+@pytest.fixture(scope="module")
+def partial_head(kind, sampled_target):
+    """A head that knows three of the five tokens, and not the likeliest one after [0, 1]."""
+    likeliest = generate(sampled_target, [0, 1], 1).tokens[0]
+    knows = tuple(token for token in range(5) if token != likeliest)[:3]
+    return tiny_head(kind, 1, sampled_target, num_heads=2, knows=knows)
+
+
+PARTIAL_PLANS = {
+    "chain": fixed_tree(chain(2), torch.device("cpu")),
+    "fixed tree": fixed_tree(((0,), (1,), (0, 0), (0, 1)), torch.device("cpu")),
+    "growing tree": GrowingTree(4, 2, 3, torch.device("cpu")),
+}
+
+
+@pytest.mark.parametrize(
+    "plan, sampling",
+    [
+        ("chain", dict(temperature=1.0)),
+        ("chain", CUT),
+        ("fixed tree", CUT),
+        ("growing tree", dict(temperature=1.0)),
+    ],
+    ids=str,
+)
+def test_sampled_text_has_the_targets_law_with_tokens_that_the_head_does_not_know(
+    sampled_target, partial_head, plan, sampling
+):
+    plan = PARTIAL_PLANS[plan]
+    p_value, accepted = sampled(sampled_target, partial_head, 1000, plan=plan, **sampling)
+    assert 0.05 < accepted < 0.8
+    assert p_value > FALSE_ALARM
+
+
+def test_a_q_of_the_wrong_tokens_is_seen(sampled_target, partial_head, monkeypatch):
+    """It would be, were places among the logits taken for the tokens themselves."""
+
+    def misplaced(self, q):
+        return F.pad(q, (0, self.whole - q.shape[-1]))
+
+    monkeypatch.setattr(Vocabulary, "spread", misplaced)
+    plan = PARTIAL_PLANS["chain"]
+    p_value, _ = sampled(sampled_target, partial_head, 1000, plan=plan, temperature=1.0)
+    assert p_value < FALSE_ALARM
+
+
 def test_a_draft_that_misreports_its_q_is_seen(sampled_target, sampled_head):
     liar = Liar(fixed_tree(chain(2), torch.device("cpu")))
     p_value, _ = sampled(sampled_target, sampled_head, 1500, plan=liar, temperature=1.0)
@@ -479,7 +573,7 @@ def test_harmless_text_cannot_command_a_terminal():
 
 def test_the_printer_shows_characters_only_once_they_are_whole(capsys):
     text = "naïve – 漢字 🐨."
-    printer, seen = Printer(BYTES), ""
+    printer, seen = Printer(BYTES, stop_token=256), ""
     for n, byte in enumerate(text.encode(), 1):
         printer.write(byte, accepted=n % 2 == 0)
         written = capsys.readouterr().out
@@ -490,8 +584,17 @@ def test_the_printer_shows_characters_only_once_they_are_whole(capsys):
     assert capsys.readouterr().out == "\n"
 
 
+def test_the_printer_shows_all_but_the_token_that_ends_a_text(capsys):
+    """Whatever it spells: in a chat it is the end of a turn, and no part of what was said."""
+    _, cycles = scripted(stop_token=5)
+    printer = Printer(LETTERS, stop_token=5)
+    for cycle in cycles:
+        printer.show(cycle)
+    assert capsys.readouterr().out == "eb"  # 4 by prefill, 1, and the 5 that ends the text
+
+
 def test_the_printer_ends_in_the_middle_of_a_character(capsys):
-    printer = Printer(BYTES)
+    printer = Printer(BYTES, stop_token=256)
     for byte in "🐨".encode()[:2]:
         printer.write(byte, accepted=False)
     printer.finish()
@@ -499,7 +602,7 @@ def test_the_printer_ends_in_the_middle_of_a_character(capsys):
 
 
 def test_the_printer_escapes_control_characters(capsys):
-    printer = Printer(BYTES)
+    printer = Printer(BYTES, stop_token=256)
     for byte in b"a\x1b[2J\n":
         printer.write(byte, accepted=False)
     assert capsys.readouterr().out == "a\\x1b[2J\n"

@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 from torch.nn import functional as F
-from toys import draft_chain
+from toys import draft_chain, whole_batch
 
 import model
 from cli import UserError
-from draft_head import HeadConfig, build_head, load_head, save_head
+from draft_head import HeadConfig, Vocabulary, build_head, load_head, save_head
 from model import GPT, GPTConfig, KVCache, fingerprint, load_checkpoint, load_target, save_target
 from tree import plan_draft
 
@@ -111,11 +111,13 @@ def test_a_later_token_changes_no_earlier_state(cached, float64):
 # -------------------------------------------------------------------------------------- cache
 
 
+@pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("pieces", [[12], [1] * 12, [5, 1, 6], [1, 3, 2, 6], [11, 1]])
 @pytest.mark.parametrize("config", SHAPES.values(), ids=SHAPES)
-def test_reading_in_pieces_is_reading_at_once(config, pieces, float64):
-    target, tokens = new_target(config), some_tokens(3, 12)
-    cache = target.new_cache(12, batch=3)
+def test_reading_in_pieces_is_reading_at_once(config, pieces, batch, float64):
+    """A single token takes another way through the attention, where heads share their keys."""
+    target, tokens = new_target(config), some_tokens(batch, 12)
+    cache = target.new_cache(12, batch=batch)
     states = torch.cat([target(piece, cache) for piece in tokens.split(pieces, dim=1)], dim=1)
     torch.testing.assert_close(states, target(tokens), rtol=0, atol=1e-12)
     assert cache.length == 12
@@ -333,9 +335,9 @@ def test_eagle_neither_trains_nor_saves_the_targets_matrices(config):
 
 def test_eagle_starts_as_the_least_squares_solution(float64):
     target, tokens = new_target(), some_tokens(8, 24)
-    hidden = target(tokens[:, :-1])
-    head = build_head(HeadConfig("eagle", 3), target)
-    head.prepare(tokens, hidden)
+    batch = whole_batch(target, tokens)
+    hidden, head = batch.hidden, build_head(HeadConfig("eagle", 3), target)
+    head.prepare(target, batch)
     embedded = target.embed.weight[tokens[:, 1:-1]]
     inputs = F.pad(torch.cat([embedded, hidden[:, :-1]], -1), (0, 1), value=1.0).flatten(0, 1)
     outputs = hidden[:, 1:].flatten(0, 1)
@@ -347,24 +349,34 @@ def test_eagle_starts_as_the_least_squares_solution(float64):
     least = (inputs @ best - outputs).square().mean()
     assert least > 0.01 and residual.square().mean() <= least * (1 + 1e-6)
 
-    features = head.eval()(tokens, hidden).features  # the layers above start as the identity
-    torch.testing.assert_close(features.flatten(0, 1), inputs @ weights, rtol=0, atol=1e-10)
+    (features,) = head.eval()(batch).features  # the layers above start as the identity
+    torch.testing.assert_close(features, inputs @ weights, rtol=0, atol=1e-10)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind, own_steps", [("medusa", 1), ("eagle", 1), ("eagle", 3)])
 @pytest.mark.parametrize("layers", [1, 2])
-def test_the_training_form_is_the_decoding_form(kind, layers, float64):
+def test_the_training_form_is_the_decoding_form(kind, own_steps, layers, float64):
+    """At every place and draft position, along the text's own tokens: what is learnt is used."""
     target, tokens = new_target(), some_tokens(2, 13)
-    head, hidden = new_head(kind, target, layers), target(tokens[:, :-1])
-    guess = head(tokens, hidden).logits
+    head, batch = new_head(kind, target, layers), whole_batch(target, tokens)
+    guess = head(batch, own_steps)
+    assert len(guess.logits) == (4 if kind == "medusa" else own_steps)
+    logits = [rows.unflatten(0, (2, -1)) for rows in guess.logits]  # (B, T - i, V)
+    compared = 0
     for length in range(1, 12):
         state = head.start(CONFIG.context, batch=2)
-        head.absorb(state, tokens[:, 1 : length + 1], hidden[:, :length])
-        _, drafted = draft_chain(head, state, len(guess))
-        for i, logits in enumerate(guess):
-            if length - 1 < logits.shape[1]:
-                torch.testing.assert_close(logits[:, length - 1], drafted[:, i], rtol=0, atol=1e-10)
-    assert guess[0].std() > 0.5
+        head.absorb(state, tokens[:, 1 : length + 1], batch.hidden[:, :length])
+        for i, rows in enumerate(logits):
+            if length > rows.shape[1]:
+                break
+            drafted = head.expand(state, tokens[:, length + i, None]) if i else head.expand(state)
+            torch.testing.assert_close(rows[:, length - 1], drafted[:, 0], rtol=0, atol=1e-10)
+            if kind == "eagle":
+                features = guess.features[i].unflatten(0, (2, -1))[:, length - 1]
+                torch.testing.assert_close(features, state.nodes[:, 0], rtol=0, atol=1e-10)
+            compared += 1
+    assert compared == sum(rows.shape[1] for rows in logits)
+    assert min(rows.std() for rows in logits) > 0.5
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -431,14 +443,98 @@ def test_a_head_comes_back_as_it_was_saved_for_its_own_target_only(kind, tmp_pat
     head = new_head(kind, target, layers=3)
     save_head(path, head, fingerprint(target), {"name": kind})
     loaded = load_head(path, target)
-    tokens = some_tokens(1, 9)
-    hidden = target(tokens[:, :-1])
+    batch = whole_batch(target, some_tokens(1, 9))
     assert loaded.config == head.config and loaded.training_record == {"name": kind}
-    for one, other in zip(loaded(tokens, hidden).logits, head(tokens, hidden).logits):
+    for one, other in zip(loaded(batch).logits, head(batch).logits):
         assert torch.equal(one, other)
     assert not loaded.training and not any(p.requires_grad for p in loaded.parameters())
     with pytest.raises(UserError, match="trained for another target"):
         load_head(path, new_target(seed=1))
+
+
+# ------------------------------------------------------------------------- draft vocabulary
+
+
+def some_vocabulary(size: int = 8) -> tuple[Vocabulary, torch.Tensor]:
+    """The `size` most frequent of 50 tokens, and how frequent each is."""
+    vocabulary = Vocabulary(size, new_target())
+    counts = torch.randint(0, 20, (50,), generator=torch.Generator().manual_seed(7))
+    vocabulary.choose(counts)
+    return vocabulary, counts
+
+
+def test_a_draft_vocabulary_holds_the_most_frequent_tokens_in_order():
+    vocabulary, counts = some_vocabulary()
+    known = vocabulary.tokens.tolist()
+    assert known == sorted(set(known)) and len(known) == 8
+    others = sorted(set(range(50)) - set(known))
+    assert counts[known].min() >= counts[others].max()
+    vocabulary.choose(torch.ones(50))
+    assert vocabulary.tokens.tolist() == list(range(8))  # of equals the first: for ever the same
+
+
+def test_names_and_places_of_tokens_agree():
+    vocabulary, _ = some_vocabulary()
+    known = vocabulary.tokens
+    assert torch.equal(vocabulary.names(torch.arange(8)), known)
+    every = torch.arange(50).view(5, 10)
+    places = vocabulary.places(every)
+    assert torch.equal(places >= 0, torch.isin(every, known)) and places.shape == every.shape
+    assert torch.equal(vocabulary.names(places[places >= 0]), known)
+    assert (places[~torch.isin(every, known)] == -1).all()
+
+
+def test_rows_and_laws_of_tokens_agree_with_their_names():
+    vocabulary, _ = some_vocabulary()
+    weight, q = torch.randn(50, 6), torch.rand(3, 8).softmax(-1)
+    whole = vocabulary.spread(q)
+    assert whole.shape == (3, 50) and whole.dtype == q.dtype
+    for place, token in enumerate(vocabulary.names(torch.arange(8)).tolist()):
+        assert torch.equal(vocabulary.rows(weight)[place], weight[token])
+        assert torch.equal(whole[:, token], q[:, place])
+    torch.testing.assert_close(whole.sum(-1), torch.ones(3))
+
+
+def test_a_whole_vocabulary_changes_nothing():
+    vocabulary, tokens = Vocabulary(0, new_target()), some_tokens(3, 4)
+    vocabulary.choose(torch.rand(50))
+    weight, q = torch.randn(50, 6), torch.rand(3, 50)
+    assert torch.equal(vocabulary.names(tokens), tokens)
+    assert torch.equal(vocabulary.places(tokens), tokens)
+    assert torch.equal(vocabulary.rows(weight), weight) and torch.equal(vocabulary.spread(q), q)
+    assert not vocabulary.state_dict()  # nothing to be saved
+
+
+def vocabulary_head(kind: str, target: GPT, size: int = 8):
+    """An untrained head that knows every sixth token."""
+    torch.manual_seed(5)
+    head = build_head(HeadConfig(kind, 1, draft_vocab=size), target).to(target.embed.weight.dtype)
+    head.vocabulary.choose(torch.arange(50) % 6 == 1)
+    head.prepare(target, whole_batch(target, some_tokens(8, 24)))
+    return head.eval().requires_grad_(False)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_head_of_few_tokens_is_the_whole_head_at_their_places(kind, float64):
+    target, batch = new_target(), whole_batch(new_target(), some_tokens(2, 9))
+    few, whole = vocabulary_head(kind, target), vocabulary_head(kind, target, size=0)
+    for one, other in zip(few(batch).logits, whole(batch).logits):
+        assert one.shape[-1] == 8
+        torch.testing.assert_close(one, other[:, torch.arange(50) % 6 == 1][:, :8])
+    if kind == "medusa":  # this is where it is cheaper
+        assert few.out.shape == (4, CONFIG.width, 8)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_draft_vocabulary_is_saved_with_its_head(kind, tmp_path):
+    target, batch = new_target(), whole_batch(new_target(), some_tokens(1, 9))
+    head = vocabulary_head(kind, target)
+    save_head(tmp_path / "head.pt", head, fingerprint(target), {})
+    loaded = load_head(tmp_path / "head.pt", target)
+    assert torch.equal(loaded.vocabulary.tokens, head.vocabulary.tokens)
+    assert loaded.vocabulary.tokens.tolist() == list(range(1, 44, 6))
+    for one, other in zip(loaded(batch).logits, head(batch).logits):
+        assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize("shape", [dict(kind="hydra"), dict(layers=0), dict(num_heads=0)])

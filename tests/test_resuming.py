@@ -7,6 +7,7 @@ anything. All runs here are tiny, but train.py itself trains them.
 
 import csv
 import os
+import shutil
 import signal
 from contextlib import nullcontext
 
@@ -14,11 +15,14 @@ import pytest
 import torch
 
 import train
+import train_target
+from budget import KINDS, TRAINING, WRITING, Budget, Seconds
 from cli import UserError
 from draft_head import load_head, trained_heads
 from features import Features, Text, measure_acceptance, spread
 from model import load_checkpoint, load_target
-from recipe import HEADS
+from recipe import HEADS, TrainConfig
+from selfwritten import Conversations
 from stage import Stage, check_same, schedule
 
 # ---------------------------------------------------------------------------- stage, resuming
@@ -164,7 +168,8 @@ def test_an_interrupted_run_ends_as_the_undisturbed_one(
         return schedule(step, steps)
 
     with monkeypatch.context() as patch:
-        patch.setattr(train, "schedule", schedule_with_interrupt)
+        for module in (train, train_target):
+            patch.setattr(module, "schedule", schedule_with_interrupt)
         status, _, err = call(train.main, *argv)
     assert status == 130 and f"{interrupted} stands at step {at + 1} of" in err
     assert (tmp_path / f"{interrupted}.progress.pt").is_file()
@@ -248,3 +253,182 @@ def test_check_same_names_what_differs(tmp_path):
 def test_the_trained_target_is_frozen(tiny_run):
     target, _ = load_target(tiny_run.folder / "target.pt")
     assert not any(p.requires_grad for p in target.parameters())
+
+
+# --------------------------------------------------------------------------------- by minutes
+
+COSTS = {name: Seconds(0.01 * (i + 1), 1.0 * i) for i, name in enumerate(HEADS)}
+
+
+def new_budget(folder, complete: bool = False, **flags) -> Budget:
+    flags = dict(minutes=10.0, context=32, batch_tokens=256) | flags
+    return Budget(TrainConfig(out_dir=str(folder), **flags), lambda rounds: complete)
+
+
+def not_again(name: str):
+    raise AssertionError(f"{name} is measured again")
+
+
+def test_heads_of_a_kind_learn_from_equally_many_tokens_in_the_time_there_is(tmp_path):
+    """Else the comparison of KOALA with the original head would mean nothing."""
+    budget = new_budget(tmp_path)
+    budget.share_out(list(HEADS), COSTS.get)
+    for kind, share in KINDS.items():
+        names = [name for name in HEADS if name.startswith(kind)]
+        tokens = {budget.head_tokens(name) for name in names}
+        assert len(names) == 2 and len(tokens) == 1
+        steps = tokens.pop() / 256
+        seconds = sum(COSTS[name].once + steps * COSTS[name].step for name in names)
+        assert seconds == pytest.approx(600 * TRAINING * share, rel=0.01)
+    assert sum(KINDS.values()) == pytest.approx(1) and WRITING + TRAINING < 1
+
+
+def test_the_same_command_does_not_measure_again(tmp_path):
+    """Else a run that was interrupted would go on as another one, and be refused."""
+    budget = new_budget(tmp_path)
+    budget.share_out(list(HEADS), COSTS.get)
+    again = new_budget(tmp_path, minutes=99.0)  # minutes are for rounds to come
+    again.share_out(list(HEADS), not_again)
+    assert [again.head_tokens(name) for name in HEADS] == [
+        budget.head_tokens(name) for name in HEADS
+    ]
+    assert again.round == 1
+
+
+def test_a_head_that_comes_later_is_measured_then(tmp_path):
+    first = new_budget(tmp_path)
+    first.share_out(["eagle"], COSTS.get)
+    later, measured = new_budget(tmp_path), []
+    later.share_out(list(HEADS), lambda name: measured.append(name) or COSTS[name])
+    assert measured == ["medusa", "medusa-koala"]
+    assert later.head_tokens("eagle-koala") == first.head_tokens("eagle")
+
+
+def test_a_budget_too_small_still_trains_a_little(tmp_path):
+    budget = new_budget(tmp_path, minutes=1e-6)
+    budget.share_out(list(HEADS), COSTS.get)
+    assert budget.head_tokens("eagle") == 10 * 256
+
+
+def test_writing_ends_when_its_share_of_the_time_is_over_or_heads_have_begun(tmp_path):
+    budget = new_budget(tmp_path)
+    assert not budget.enough(10**6, 600 * WRITING - 0.1) and budget.enough(0, 600 * WRITING)
+    budget.share_out(list(HEADS), COSTS.get)
+    assert budget.enough(0, 0.0)  # what they learn from must not change under them
+    more = new_budget(tmp_path, complete=True, more=True, minutes=5.0)
+    assert more.enough(0, 900 * WRITING) and not more.enough(0, 900 * WRITING - 0.1)
+
+
+def test_a_round_follows_when_asked_for_and_when_the_last_one_is_complete(tmp_path):
+    asked = []
+
+    def budget(complete: bool, more: bool) -> Budget:
+        config = TrainConfig(out_dir=str(tmp_path), minutes=10.0, more=more)
+        return Budget(config, lambda rounds: asked.append(rounds) or complete)
+
+    rounds = [budget(*state).round for state in [(True, True), (True, False), (False, True)]]
+    assert rounds == [1, 1, 1] and asked == [1]
+    begun = budget(True, True)
+    assert begun.round == 2 and begun.rounds[1]["tokens"] == {}
+    # Interrupted before any head was complete, --more goes on with it.
+    assert [budget(False, True).round, budget(False, False).round] == [2, 2]
+    assert budget(True, True).round == 3 and asked == [1, 1, 2, 2]
+
+
+def test_without_minutes_the_amounts_are_those_of_the_flags(tmp_path):
+    flags = dict(minutes=None, head_tokens=5000, head_data_tokens=3200, more=True)
+    budget = new_budget(tmp_path, complete=True, **flags)
+    budget.share_out(list(HEADS), not_again)
+    assert budget.head_tokens("eagle") == 5000 and budget.round == 1
+    assert budget.enough(100, 0.0) and not budget.enough(99, 1e9)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", "7"])
+def test_a_damaged_budget_is_refused(tmp_path, content):
+    (tmp_path / "budget.json").write_text(content)
+    with pytest.raises(UserError, match="budget.json is damaged"):
+        new_budget(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def rounds(tiny_run, tmp_path_factory):
+    """A head trained by minutes on what the target wrote, and its command: (folder, argv)."""
+    folder = tmp_path_factory.mktemp("rounds")
+    (folder / "target.pt").write_bytes(tiny_run.target_before_heads)
+    argv = [*tiny_run.flags, "--out_dir", str(folder), "--head", "eagle", "--head_data", "self"]
+    argv += ["--minutes", "0.01", "--draft_vocab", "100", "--own_steps", "3"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("selfwritten.ON_CPU", 20)
+        patch.setattr("sys.argv", ["train.py", *argv])
+        train.main()
+    return folder, argv
+
+
+def test_a_run_by_minutes_writes_and_learns_for_so_long(rounds):
+    folder, _ = rounds
+    record = load_checkpoint(folder / "eagle.pt", "draft head")["training"]
+    (entry,) = record["rounds"]
+    about = {"target": load_checkpoint(folder / "target.pt", "target")["fingerprint"]}
+    written = Conversations(folder / "conversations", about | {"length": 32, "width": 32})
+    assert written.seconds >= 0.6 * WRITING and written.count % 20 == 0
+    assert entry["windows"] == written.count - -(-written.count // 20)  # the others are held out
+    assert entry["tokens"] % 256 == 0 and entry["seconds"] > 0
+    assert entry["tau_estimate"] == record["valid"]["tau_estimate"]
+    assert written.learn[:, 16:].all() and not written.learn[:, :16].any()  # half is an opening
+
+
+def test_the_same_command_by_minutes_changes_nothing(rounds, call):
+    folder, argv = rounds
+    files = [path for path in sorted(folder.rglob("*")) if path.suffix in (".pt", ".json", "")]
+    before = [path.read_bytes() for path in files if path.is_file()]
+    status, out, err = call(train.main, *argv)
+    assert status == 0 and "eagle: trained already" in out, err
+    assert [path.read_bytes() for path in files if path.is_file()] == before
+
+
+def test_more_goes_on_with_the_old_weights_and_more_text(rounds, call, monkeypatch, tmp_path):
+    """At a learning rate of 0 the head stays what it was, so that is what it went on from."""
+    folder, argv = rounds
+    argv = [str(tmp_path / "run") if word == str(folder) else word for word in argv]
+    shutil.copytree(folder, tmp_path / "run")
+    monkeypatch.setattr("selfwritten.ON_CPU", 20)
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "schedule", lambda step, steps: 0.0)
+        status, _, err = call(train.main, *argv, "--more")
+    assert status == 0, err
+    assert_same_weights(tmp_path / "run" / "eagle.pt", folder / "eagle.pt")
+    second = load_checkpoint(tmp_path / "run" / "eagle.pt", "draft head")["training"]
+    first = load_checkpoint(folder / "eagle.pt", "draft head")["training"]
+    assert second["rounds"][:1] == first["rounds"] and len(second["rounds"]) == 2
+    assert second["rounds"][1]["windows"] > first["rounds"][0]["windows"]
+    assert second["settings"]["round"] == 2
+    # And at an ordinary one it learns on.
+    status, _, err = call(train.main, *argv, "--more")
+    assert status == 0, err
+    third = load_checkpoint(tmp_path / "run" / "eagle.pt", "draft head")["training"]
+    assert len(third["rounds"]) == 3 and third["seconds"] > second["seconds"]
+    with pytest.raises(AssertionError):
+        assert_same_weights(tmp_path / "run" / "eagle.pt", folder / "eagle.pt")
+
+
+def test_a_round_that_was_interrupted_goes_on_as_that_round(rounds, call, monkeypatch, tmp_path):
+    folder, argv = rounds
+    argv = [str(tmp_path / "run") if word == str(folder) else word for word in argv]
+    shutil.copytree(folder, tmp_path / "run")
+    monkeypatch.setattr("selfwritten.ON_CPU", 20)
+
+    def schedule_with_interrupt(step: int, steps: int) -> float:
+        if step == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+        return schedule(step, steps)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "schedule", schedule_with_interrupt)
+        status, _, err = call(train.main, *argv, "--more")
+    assert status == 130 and "eagle stands at step 4" in err
+    status, out, err = call(train.main, *argv)  # also without --more
+    assert status == 0 and "eagle: going on at step 4" in out, err
+    assert " texts of " not in out  # nothing is written: heads have begun to learn
+    record = load_checkpoint(tmp_path / "run" / "eagle.pt", "draft head")["training"]
+    assert len(record["rounds"]) == 2

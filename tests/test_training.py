@@ -5,13 +5,17 @@ the target, the discriminator's share of the game, the original heads that it is
 Whole runs, and how they are resumed, are in test_resuming.py.
 """
 
+import itertools
 import math
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.nn import functional as F
+from toys import whole_batch, whole_vocabulary
 
+from cli import UserError
 from discriminator import (
     Discriminator,
     acceptance,
@@ -23,9 +27,10 @@ from discriminator import (
 )
 from draft_head import HeadConfig, build_head
 from features import DRAFT_POSITIONS, Features, bits_per_byte, measure_acceptance, spread
+from game import Game, HeadTraining
 from model import GPT, GPTConfig
+from recipe import TrainConfig
 from stage import batch_indices, is_due, schedule
-from train import Game
 
 # ------------------------------------------------------------------------- the discriminator
 
@@ -127,17 +132,29 @@ def test_a_new_discriminator_is_undecided_and_owns_no_lm_head():
 # -------------------------------------------------------------------------------- the game
 
 
-def setting(kind: str, layers: int = 2):
-    """A random target, a head for it, a discriminator that has an opinion, and a batch."""
+OWN_STEPS = 3  # draft positions of EAGLE here
+
+
+def setting(kind: str, layers: int = 2, draft_vocab: int = 0):
+    """A random target, a head for it, a discriminator that has an opinion, and a batch.
+
+    In the batch some tokens are not to be learnt, as in a chat those that are not the model's own,
+    and those that the head has no token for.
+    """
     torch.manual_seed(0)
     config = GPTConfig(40, 16, num_layers=1, width=16, num_heads=2, num_kv_heads=2, mlp_width=16)
     target = GPT(config).requires_grad_(False).eval()
     target.embed.weight.mul_(20)
-    head = build_head(HeadConfig(kind, layers), target)
-    judge = Discriminator(target.lm_head.weight, len(head.position_weights), hidden=16)
+    head = build_head(HeadConfig(kind, layers, draft_vocab=draft_vocab), target)
+    head.vocabulary.choose(torch.arange(40) % 7)
+    judge = Discriminator(
+        head.vocabulary.rows(target.lm_head.weight), head.max_draft or OWN_STEPS, hidden=16
+    )
     torch.nn.init.normal_(judge.judge.weight)
-    tokens = torch.randint(0, 40, (3, 17))
-    return target, head.eval(), judge, tokens, target(tokens[:, :-1])
+    batch = whole_batch(target, torch.randint(0, 40, (3, 17)))
+    learn = (torch.rand(3, 17) < 0.8) & (head.vocabulary.places(batch.tokens) >= 0)
+    head.prepare(target, batch._replace(learn=learn))
+    return target, head.eval(), judge, batch._replace(learn=learn)
 
 
 def gradients(head, loss) -> list[torch.Tensor]:
@@ -147,12 +164,12 @@ def gradients(head, loss) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("kind", ["medusa", "eagle"])
 def test_lambda_0_is_supervised_training(kind):
-    target, head, judge, tokens, hidden = setting(kind)
+    target, head, judge, batch = setting(kind)
     game = Game(target, head, judge)
-    guess, p = game.guess(tokens, hidden)
-    alone, nothing = game.head_losses(guess, tokens, hidden, p, adversarial=False)
+    guess, p = game.guess(batch, OWN_STEPS)
+    alone, nothing = game.head_losses(guess, batch, p, adversarial=False)
     assert nothing is None
-    supervised, adversarial = game.head_losses(guess, tokens, hidden, p, adversarial=True)
+    supervised, adversarial = game.head_losses(guess, batch, p, adversarial=True)
     both = gradients(head, supervised + 0.0 * adversarial)
     assert all(torch.equal(a, b) for a, b in zip(gradients(head, alone), both))
     assert any(g.abs().max() > 1e-4 for g in gradients(head, adversarial))  # it would matter
@@ -161,11 +178,11 @@ def test_lambda_0_is_supervised_training(kind):
 @pytest.mark.parametrize("kind", ["medusa", "eagle"])
 @pytest.mark.parametrize("closed_form", [False, True])
 def test_a_heads_step_changes_neither_target_nor_discriminator(kind, closed_form):
-    target, head, judge, tokens, hidden = setting(kind)
+    target, head, judge, batch = setting(kind)
     target.requires_grad_(True)  # even then
     game = Game(target, head, None if closed_form else judge)
-    guess, p = game.guess(tokens, hidden)
-    supervised, adversarial = game.head_losses(guess, tokens, hidden, p, adversarial=True)
+    guess, p = game.guess(batch, OWN_STEPS)
+    supervised, adversarial = game.head_losses(guess, batch, p, adversarial=True)
     (supervised + adversarial).backward()
     assert all(w.grad is None for w in [*target.parameters(), *judge.parameters()])
     assert any(w.grad is not None and w.grad.abs().max() > 0 for w in head.parameters())
@@ -173,11 +190,11 @@ def test_a_heads_step_changes_neither_target_nor_discriminator(kind, closed_form
 
 @pytest.mark.parametrize("kind", ["medusa", "eagle"])
 def test_the_discriminators_step_changes_neither_target_nor_head(kind):
-    target, head, judge, tokens, hidden = setting(kind)
+    target, head, judge, batch = setting(kind)
     target.requires_grad_(True)
     game = Game(target, head, judge)
-    guess, p = game.guess(tokens, hidden)
-    game.discriminator_loss(guess, hidden, p).backward()
+    guess, p = game.guess(batch, OWN_STEPS)
+    game.discriminator_loss(guess, batch, p).backward()
     assert all(w.grad is None for w in [*target.parameters(), *head.parameters()])
     assert judge.judge.weight.grad.abs().max() > 0
 
@@ -185,79 +202,187 @@ def test_the_discriminators_step_changes_neither_target_nor_head(kind):
 @pytest.mark.parametrize("kind", ["medusa", "eagle"])
 def test_a_guess_is_compared_with_the_targets_law_for_the_same_token(kind):
     """A head that knew the target's next states would be indistinguishable from it."""
-    target, head, judge, tokens, hidden = setting(kind)
+    target, head, _, batch = setting(kind)
     game = Game(target, head, None)
-    guess, p = game.guess(tokens, hidden)
-    truth = target.lm_head(hidden)
-    perfect = guess._replace(logits=[truth[:, i:] for i in range(1, len(guess.logits) + 1)])
+    guess, p = game.guess(batch, OWN_STEPS)
+    truth = target.lm_head(batch.hidden)
+    assert len(guess.logits) == len(p) == (4 if kind == "medusa" else OWN_STEPS)
+    places = range(1, len(p) + 1)
+    perfect = guess._replace(logits=[batch.rows(truth[:, i:], i) for i in places])
     assert [x.shape for x in perfect.logits] == [x.shape for x in guess.logits]
-    figures = game.health(perfect, hidden, p)
+    for i in places:  # to be learnt, and with a state that the head guesses from, `i` before
+        assert len(p[i - 1]) == batch.learn[:, i + 1 :].sum()
+        torch.testing.assert_close(p[i - 1], perfect.logits[i - 1].softmax(-1))
+    figures = game.health(perfect, batch, p)
     assert figures["d_accuracy_bound"] == pytest.approx(0.5, abs=1e-5)
     assert figures["d_loss"] == pytest.approx(2 * math.log(2), abs=1e-5)
     if kind == "eagle":  # SmoothL1 = 0 then, and the cross entropy is the target's own entropy
-        perfect = perfect._replace(features=hidden[:, 1:])
-        entropy = -(p[:, 1:] * p[:, 1:].log()).sum(-1).mean()
-        loss = head.supervised_loss(perfect, tokens, hidden, p)
+        perfect = perfect._replace(features=[batch.rows(batch.hidden[:, i:], i) for i in places])
+        entropy = sum(0.8 ** (i - 1) * -(p[i - 1] * p[i - 1].log()).sum(-1).mean() for i in places)
+        loss = head.supervised_loss(perfect, batch, p)
         torch.testing.assert_close(loss, 0.1 * entropy)
     else:  # equation 1 of Medusa, on logits that spell the text
-        spelled = [100.0 * F.one_hot(tokens[:, i + 1 :], 40).float() for i in range(1, 5)]
-        loss = head.supervised_loss(guess._replace(logits=spelled), tokens, hidden, p)
+        labels = [batch.tokens[:, i + 1 :][batch.learn[:, i + 1 :]] for i in places]
+        spelled = [100.0 * F.one_hot(label, 40).float() for label in labels]
+        loss = head.supervised_loss(guess._replace(logits=spelled), batch, p)
         assert loss.item() == pytest.approx(0, abs=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["medusa", "eagle"])
 def test_the_discriminator_sees_the_state_guessed_from_and_the_one_guessed_for(kind):
-    target, head, _, tokens, hidden = setting(kind)
+    target, head, _, batch = setting(kind)
     seen = []
 
     def judge(before, after, position):
         seen.append((before, after, position))
-        return torch.zeros(*before.shape[:2], 40)
+        return torch.zeros(len(before), 40)
 
     game = Game(target, head, judge)
-    guess, p = game.guess(tokens, hidden)
-    judged = list(game.judged(guess, hidden, p))
-    assert len(judged) == len(seen) == len(head.position_weights)
+    guess, p = game.guess(batch, OWN_STEPS)
+    judged = list(game.judged(guess, batch, p))
+    assert len(judged) == len(seen) == (4 if kind == "medusa" else OWN_STEPS)
+    hidden, learn = batch.hidden, batch.learn
     for i, ((before, after, position), (weight, _, real, fake)) in enumerate(
         zip(seen, judged), start=1
     ):
-        assert torch.equal(before, hidden[:, :-i]) and torch.equal(after, hidden[:, i:])
+        assert torch.equal(before, hidden[:, :-i][learn[:, i + 1 :]])
+        assert torch.equal(after, hidden[:, i:][learn[:, i + 1 :]])
         assert position == i - 1 and weight == head.position_weights[i - 1]
         torch.testing.assert_close(real, target.lm_head(after).softmax(-1))
-        assert real.shape == fake.shape
+        torch.testing.assert_close(fake, guess.logits[i - 1].softmax(-1))
+
+
+@pytest.mark.parametrize("draft_vocab", [0, 20])
+@pytest.mark.parametrize("kind", ["medusa", "eagle"])
+def test_the_loss_is_the_mean_over_what_is_to_be_learnt(kind, draft_vocab):
+    """Written down token by token, from guesses at all places; what is masked has no share in it."""
+    target, head, _, batch = setting(kind, draft_vocab=draft_vocab)
+    game = Game(target, head, None)
+    everywhere = batch._replace(learn=torch.ones_like(batch.learn))
+    all_guesses, (tokens, hidden, learn) = head(everywhere, OWN_STEPS), batch
+    known = head.vocabulary.names(torch.arange(draft_vocab or 40))
+    expected = 0.0
+    for i, rows in enumerate(all_guesses.logits, start=1):
+        logits, losses = rows.unflatten(0, (3, -1)), []
+        for b, t in itertools.product(range(3), range(16 - i)):
+            if not learn[b, t + 1 + i]:
+                continue
+            log_q = logits[b, t].log_softmax(-1)
+            if kind == "medusa":
+                (place,) = (known == tokens[b, t + 1 + i]).nonzero()[:, 0].tolist()
+                losses.append(-log_q[place])
+            else:
+                p = target.lm_head(hidden[b, t + i])[known].softmax(-1)
+                feature = all_guesses.features[i - 1].unflatten(0, (3, -1))[b, t]
+                close = F.smooth_l1_loss(feature, hidden[b, t + i])
+                losses.append(close - 0.1 * (p * log_q).sum())
+        expected += head.position_weights[i - 1] * torch.stack(losses).mean()
+        assert 3 < len(losses) < 3 * (16 - i)
+    guess, p = game.guess(batch, OWN_STEPS)
+    loss = head.supervised_loss(guess, batch, p)
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
+    # And other labels there change nothing, not by a bit.
+    others = torch.randint(0, 40, tokens.shape), torch.randn_like(hidden)
+    changed = batch._replace(
+        tokens=torch.where(learn, tokens, others[0]),
+        hidden=torch.where(learn[:, 1:, None], hidden, others[1]),
+    )
+    _, p = game.guess(changed, OWN_STEPS)
+    assert torch.equal(head.supervised_loss(guess, changed, p), loss)
 
 
 def test_noise_is_added_in_training_only_and_to_the_input_only():
-    target, head, _, tokens, hidden = setting("eagle")
-    head.prepare(tokens, hidden)
-    before = hidden.clone()
-    calm = head.eval()(tokens, hidden).features
-    assert torch.equal(calm, head(tokens, hidden).features)
-    noisy = head.train()(tokens, hidden).features
-    assert not torch.equal(noisy, calm) and torch.equal(hidden, before)
+    target, head, _, batch = setting("eagle")
+    before = batch.hidden.clone()
+    calm = head.eval()(batch).features[0]
+    assert torch.equal(calm, head(batch).features[0])
+    noisy = head.train()(batch).features[0]
+    assert not torch.equal(noisy, calm) and torch.equal(batch.hidden, before)
+
+
+# ------------------------------------------------------------------------ one step of training
+
+
+def head_training(name: str = "eagle-koala", window: int = 16, **flags):
+    """A `HeadTraining` that has begun, and the features it learns from."""
+    target, _, _, batch = setting("eagle")
+    config = TrainConfig(context=window, batch_tokens=64, **flags)
+    features = Features(target, batch.tokens[:, : window + 1].repeat(4, 1), 1.0, nullcontext)
+    training = HeadTraining(config, name, target, nullcontext)
+    training.start(features)
+    return training, features
+
+
+def state_of(training) -> list[torch.Tensor]:
+    """All that training may change, in copies."""
+    parts = [training.head, training.discriminator, training.optimizer, training.d_optimizer]
+    tensors = torch.utils._pytree.tree_leaves([part.state_dict() for part in parts])
+    return [value.clone() for value in tensors if isinstance(value, torch.Tensor)]
+
+
+@pytest.mark.parametrize("name", ["medusa-koala", "eagle-koala"])
+@pytest.mark.parametrize("joint", [False, True])
+def test_a_batch_with_nothing_to_learn_changes_nothing(name, joint):
+    """In a chat it can be all question. The mean of no losses is no number, and would be learnt."""
+    training, features = head_training(name, own_steps=3)
+    batch = features.batch(torch.arange(4))
+    training.step(batch, joint, 3)  # so that the optimisers remember something
+    before = state_of(training)
+    nothing = batch._replace(learn=torch.zeros_like(batch.learn))
+    assert training.step(nothing, joint, 3, log=True) == {}
+    assert all(torch.equal(a, b) for a, b in zip(before, state_of(training), strict=True))
+    values = training.step(batch, joint, 3, log=True)
+    assert all(math.isfinite(value) for value in values.values()) and "loss_sup" in values
+    assert not all(torch.equal(a, b) for a, b in zip(before, state_of(training), strict=True))
+
+
+@pytest.mark.parametrize("name", ["medusa", "eagle"])
+def test_a_head_learns_in_the_smallest_window_too(name):
+    training, features = head_training(name, window=2 * DRAFT_POSITIONS)
+    assert "loss_sup" in training.step(features.batch(torch.arange(4)), False, 1, log=True)
+
+
+@pytest.mark.parametrize("name", ["medusa-koala", "eagle-koala"])
+def test_a_draft_vocabulary_is_made_of_the_most_frequent_tokens_and_alone_is_learnt(name):
+    training, features = head_training(name, own_steps=3, draft_vocab=10)
+    known = training.head.vocabulary.tokens
+    counts = features.windows.flatten().bincount(minlength=40)
+    assert counts[known].min() >= counts.sort().values[-10]
+    batch = training.known(features.batch(torch.arange(4)))
+    assert torch.equal(batch.learn, torch.isin(batch.tokens, known))
+    guess, p = training.game.guess(batch, 3)
+    assert all(rows.shape[-1] == 10 for rows in (*guess.logits, *p))
+    weight = training.target.lm_head.weight[known]
+    assert torch.equal(training.discriminator._frozen[0], weight)  # it judges the same tokens
+    before = state_of(training)
+    values = training.step(batch, True, 3, log=True)
+    assert values["loss_sup"] > 0 and 0 <= values["d_accuracy"] <= 1
+    assert not all(torch.equal(a, b) for a, b in zip(before, state_of(training), strict=True))
 
 
 # -------------------------------------------------------------------------------- features
 
 
 def test_kept_states_are_those_of_the_target(capsys):
-    target, _, _, tokens, hidden = setting("eagle")
-    windows = tokens.int().repeat(5, 1)
+    target, _, _, batch = setting("eagle")
+    windows = batch.tokens.int().repeat(5, 1)
     kept = Features(target, windows, 1.0, nullcontext)
     afresh = Features(target, windows, 0.0, nullcontext)
     assert kept.kept is not None and afresh.kept is None
     assert "computed as needed" in capsys.readouterr().out
     index = torch.tensor([4, 0, 14])
     for features, exact in ((kept, 2e-3), (afresh, 1e-6)):
-        read, states = features.batch(index)
+        read, states, learn = features.batch(index)
         assert torch.equal(read, windows[index].long()) and states.dtype == torch.float32
+        assert learn.shape == read.shape and learn.all()  # text is learnt from its first token on
         torch.testing.assert_close(states, target(read[:, :-1]), rtol=exact, atol=exact)
-    logits = target.lm_head(afresh.batch(index)[1])
+    logits = target.lm_head(afresh.batch(index).hidden)
     torch.testing.assert_close(logits, target.lm_head(target(windows[index, :-1].long())))
 
 
 def test_the_limit_is_that_of_the_memory_taken():
-    target, _, _, tokens, _ = setting("eagle")
+    target, _, _, batch = setting("eagle")
+    tokens = batch.tokens
     needed = 3 * 16 * 16 * 2 / 1e9  # windows x positions x width x bytes of a float16
     assert Features(target, tokens, needed * 1.001, nullcontext).kept is not None
     assert Features(target, tokens, needed * 0.999, nullcontext).kept is None
@@ -274,7 +399,7 @@ def test_a_sample_is_spread_over_all_rows_without_repeating_one(rows, count):
 
 
 def test_bits_per_byte_is_the_cross_entropy_of_the_text():
-    target, _, _, tokens, hidden = setting("eagle")
+    target, _, _, (tokens, hidden, _) = setting("eagle")
     counts = torch.arange(40) % 3 + 1
     log_p = target.lm_head(hidden).log_softmax(-1)
     nats = -sum(log_p[b, t, tokens[b, t + 1]].item() for b in range(3) for t in range(16))
@@ -289,6 +414,7 @@ class Oracle:
 
     def __init__(self, target, tokens, hidden, sign=1.0):
         self.target, self.tokens, self.hidden, self.sign = target, tokens, hidden, sign
+        self.vocabulary = whole_vocabulary(target.config.vocab_size)
 
     def start(self, max_length, batch):
         return [0, 0]  # how much was absorbed, where the draft is
@@ -307,9 +433,8 @@ class Oracle:
 
 
 def test_a_perfect_head_is_measured_as_perfect_and_a_contrary_one_as_useless():
-    target, _, _, tokens, _ = setting("eagle")
+    target, _, _, (tokens, hidden, _) = setting("eagle")
     features = Features(target, tokens, 0.0, nullcontext)
-    hidden = features.batch(torch.arange(3))[1]
     perfect = measure_acceptance(target, Oracle(target, tokens, hidden), features, 3, stride=2)
     for i in range(1, DRAFT_POSITIONS + 1):
         assert perfect[f"agree_{i}"] == 1
@@ -323,13 +448,13 @@ def test_a_perfect_head_is_measured_as_perfect_and_a_contrary_one_as_useless():
 
 @pytest.mark.parametrize("kind", ["medusa", "eagle"])
 def test_the_first_position_is_measured_as_training_sees_it(kind):
-    target, head, _, tokens, _ = setting(kind)
+    target, head, _, batch = setting(kind)
     torch.nn.init.normal_(head.biases[0] if kind == "medusa" else head.combine.weight)
-    features = Features(target, tokens, 0.0, nullcontext)
-    hidden = features.batch(torch.arange(3))[1]
+    features = Features(target, batch.tokens, 0.0, nullcontext)
+    batch = features.batch(torch.arange(3))
     measured = measure_acceptance(target, head, features, 3, stride=1)
     places = range(0, 16 - DRAFT_POSITIONS)
-    q, p = head(tokens, hidden).logits[0], target.lm_head(hidden)
+    q, p = head(batch).logits[0].unflatten(0, (3, -1)), target.lm_head(batch.hidden)
     same = [(q[:, t].argmax(-1) == p[:, t + 1].argmax(-1)).float().mean() for t in places]
     alpha = [acceptance(p[:, t + 1].softmax(-1), q[:, t].softmax(-1)).mean() for t in places]
     assert measured["agree_1"] == pytest.approx(torch.stack(same).mean().item(), abs=1e-6)
@@ -343,6 +468,34 @@ def test_the_first_position_is_measured_as_training_sees_it(kind):
         assert rank == pytest.approx(torch.stack(right).mean().item(), abs=1e-6)
         assert mass == pytest.approx(torch.stack(p_of).mean().item(), abs=1e-5)
     assert measured["alpha_1"] == pytest.approx(torch.stack(alpha).mean().item(), abs=1e-5)
+
+
+def test_only_drafts_of_what_is_to_be_learnt_are_measured():
+    """In a chat a head drafts the model's answers, and what it makes of questions is no matter."""
+    target, head, _, batch = setting("eagle", draft_vocab=20)
+    learn = torch.ones(3, 17, dtype=torch.bool)
+    learn[0, 6] = learn[1] = (
+        False  # a draft that begins after tokens 1..5 of the first needs the 6th
+    )
+    features = SimpleNamespace(
+        windows=batch.tokens, batch=lambda index: batch._replace(learn=learn)
+    )
+    measured = measure_acceptance(target, head, features, 3, stride=1, by_rank=True)
+    known, agree, alpha = head.vocabulary.tokens, [], []
+    everywhere = batch._replace(learn=torch.ones_like(learn))
+    q = head(everywhere).logits[0].unflatten(0, (3, -1)).softmax(-1)  # (3, 15, 20)
+    p = target.lm_head(batch.hidden).softmax(-1)
+    for b, start in itertools.product(range(3), range(1, 13)):
+        if learn[b, start + 1 : start + 5].all():
+            mine, theirs = q[b, start - 1], p[b, start]
+            agree.append(known[mine.argmax()] == theirs.argmax())
+            alpha.append(torch.minimum(mine, theirs[known]).sum())
+    assert 12 < len(agree) < 24 and 0 < sum(agree) < len(agree)
+    assert measured["agree_1"] == pytest.approx(sum(agree).item() / len(agree), abs=1e-6)
+    assert measured["alpha_1"] == pytest.approx(sum(alpha).item() / len(alpha), abs=1e-5)
+    learn[:] = False
+    with pytest.raises(UserError, match="nothing to learn"):
+        measure_acceptance(target, head, features, 3)
 
 
 # ---------------------------------------------------------------------- batches and schedule

@@ -21,6 +21,7 @@ from toys import (
     rest_of,
     tiny_head,
     tiny_target,
+    whole_vocabulary,
 )
 
 from cli import UserError
@@ -266,6 +267,8 @@ def test_a_growing_tree_holds_the_likeliest_continuations(kind, nodes, temperatu
 
 class Certain:
     """A head so sure of itself that a child is as likely as its parent: ties at probability 1."""
+
+    vocabulary = whole_vocabulary(7)
 
     def start(self):
         return None

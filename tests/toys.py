@@ -10,8 +10,10 @@ from types import SimpleNamespace
 import torch
 import torch.nn.functional as F
 
-from draft_head import HeadConfig, build_head
+from draft_head import Batch, HeadConfig, Vocabulary, build_head
+from game import Game
 from model import GPT, GPTConfig
+from pretrained import DIGITS
 from sampling import distribution
 from speculate import acceptance_probability, residual
 
@@ -107,22 +109,38 @@ def own_text(target: GPT, rows: int, length: int) -> torch.Tensor:
     return tokens
 
 
-def tiny_head(kind: str, layers: int, target: GPT, steps: int = 0, num_heads: int = 8):
-    """A head with no weight left at zero, untrained or after some quick supervised steps."""
+def whole_batch(target: GPT, tokens: torch.Tensor) -> Batch:
+    """Windows (B, T + 1) with the target's states, every token of them to be learnt."""
+    return Batch(tokens, target(tokens[:, :-1]), torch.ones_like(tokens, dtype=torch.bool))
+
+
+def whole_vocabulary(size: int) -> Vocabulary:
+    """That of a head which can guess all of a target's `size` tokens."""
+    return Vocabulary(0, SimpleNamespace(config=SimpleNamespace(vocab_size=size)))
+
+
+def tiny_head(kind: str, layers: int, target: GPT, steps=0, num_heads=8, knows: tuple = ()):
+    """A head with no weight left at zero, untrained or after some quick supervised steps.
+
+    `knows`: the only tokens it can guess; (): all.
+    """
     torch.manual_seed(layers)
-    head = build_head(HeadConfig(kind, layers, num_heads), target).double()
+    head = build_head(HeadConfig(kind, layers, num_heads, len(knows)), target).double()
+    counts = torch.zeros(target.config.vocab_size)
+    head.vocabulary.choose(counts.index_fill(0, torch.tensor(knows).long(), 1.0))
     for weight in head.parameters():
         if not weight.any():
             torch.nn.init.normal_(weight, std=0.1)
+    if steps or knows:
+        batch = whole_batch(target, own_text(target, 64, target.config.context + 1))
+        batch = batch._replace(learn=head.vocabulary.places(batch.tokens) >= 0)
+        head.prepare(target, batch)
     if steps:
-        optimizer = torch.optim.Adam(head.parameters(), lr=1e-2)
-        text = own_text(target, 64, target.config.context + 1)
-        hidden = target(text[:, :-1])
-        p = target.lm_head(hidden).softmax(-1)
-        head.prepare(text, hidden)
+        optimizer, game = torch.optim.Adam(head.parameters(), lr=1e-2), Game(target, head, None)
         for _ in range(steps):
             optimizer.zero_grad()
-            head.supervised_loss(head(text, hidden), text, hidden, p).backward()
+            guess, p = game.guess(batch)
+            head.supervised_loss(guess, batch, p).backward()
             optimizer.step()
     head.trained = steps > 0
     return head.eval().requires_grad_(False)
@@ -218,6 +236,7 @@ class ScriptedHead:
         first = [(token + 1) % vocab if t in wrong else token for t, token in enumerate(script)]
         second = F.one_hot(torch.tensor(script), vocab)
         self.logits = 10.0 * F.one_hot(torch.tensor(first), vocab) + 5.0 * second
+        self.vocabulary = whole_vocabulary(vocab)
 
     def start(self, max_length: int):
         return SimpleNamespace(read=1)  # the text's first token has no state before it
@@ -235,7 +254,7 @@ class Wrapped:
     """A head that behaves as the one inside; what a test wants to change, it overrides."""
 
     def __init__(self, head):
-        self.head = head
+        self.head, self.vocabulary = head, head.vocabulary
         self.max_draft, self.autoregressive = head.max_draft, head.autoregressive
 
     def start(self, max_length: int):
@@ -275,3 +294,25 @@ class Recorder(Wrapped):
 
 
 BYTES = SimpleNamespace(decode_bytes=lambda tokens: bytes(tokens))  # an encoding: a token, a byte
+
+
+# ------------------------------------------------------------------------------ a chat vocabulary
+
+SPECIAL = {"<|endoftext|>": 0, "<|im_start|>": 1, "<|im_end|>": 2}
+LACKING = b"\x00\x01\xf8\xff"  # bytes that it has no token for
+MERGES = [
+    tuple(merge.split("|")) for merge in ("\n|\n", "u|s", "e|r", " |a", " | ", "1|2", "us|er")
+]
+FORM = {
+    "begin": "<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\n",
+    "to_answer": "<|im_end|>\n<|im_start|>assistant\n",
+    "to_ask": "<|im_end|>\n<|im_start|>user\n",
+}
+
+
+def chat_tokenizer(form: dict | None = FORM) -> dict:
+    """A small byte-level vocabulary of a chat model, as a checkpoint keeps it; None: of no chat."""
+    tokens = [*SPECIAL, *(chr(byte) for byte in range(256) if byte not in LACKING)]
+    tokens += [left + right for left, right in MERGES]
+    tokenizer = {"name": "bpe", "pattern": DIGITS, "tokens": tokens, "special": dict(SPECIAL)}
+    return tokenizer | ({"chat": form} if form else {})
