@@ -167,14 +167,14 @@ def plot_bench(result: dict, path: Path) -> None:
     labels = [f"{name}, tau {f['tau']:.2f}" for name, f in heads.items()]
     left.set_xticks(places, labels, rotation=25, ha="right")
     left.set(ylabel="speedup (x)", title="Speed of decoding, plain decoding = 1")
-    left.legend()
+    left.legend(loc="lower left", fontsize=8)
     for name, f in heads.items():
         chances = f["conditional_acceptance"]
         right.plot(range(1, len(chances) + 1), chances, marker="o", label=name)
     right.set_xticks(range(1, max(len(f["conditional_acceptance"]) for f in heads.values()) + 1))
     right.set(xlabel="draft position", ylabel="share accepted", ylim=(0, 1))
     right.set(title="Chance of acceptance, given that all before were")
-    right.legend()
+    right.legend(fontsize=8, ncols=2)
     right.grid(alpha=0.3)
     figure.savefig(path, dpi=120)
     plt.close(figure)

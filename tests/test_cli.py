@@ -264,6 +264,7 @@ BAD_TRAINING = {
     "no draft position": (["--own_steps", "0"], ["--own_steps"]),
     "too many draft positions": (["--own_steps", "9"], ["--own_steps"]),
     "negative draft vocabulary": (["--draft_vocab", "-1"], ["--draft_vocab"]),
+    "draft vocabulary too small for its record": (["--draft_vocab", "3"], ["--draft_vocab", "16"]),
     "pretrained without a target": (["--preset", "pretrained", "--window", "32"], ["--target"]),
     "a target of another preset": (["--target", "x.gguf"], ["--preset pretrained", "--target"]),
     "a missing target": (

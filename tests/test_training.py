@@ -344,14 +344,14 @@ def test_a_head_learns_in_the_smallest_window_too(name):
 
 @pytest.mark.parametrize("name", ["medusa-koala", "eagle-koala"])
 def test_a_draft_vocabulary_is_made_of_the_most_frequent_tokens_and_alone_is_learnt(name):
-    training, features = head_training(name, own_steps=3, draft_vocab=10)
+    training, features = head_training(name, own_steps=3, draft_vocab=16)
     known = training.head.vocabulary.tokens
     counts = features.windows.flatten().bincount(minlength=40)
-    assert counts[known].min() >= counts.sort().values[-10]
+    assert counts[known].min() >= counts.sort().values[-16]
     batch = training.known(features.batch(torch.arange(4)))
     assert torch.equal(batch.learn, torch.isin(batch.tokens, known))
     guess, p = training.game.guess(batch, 3)
-    assert all(rows.shape[-1] == 10 for rows in (*guess.logits, *p))
+    assert all(rows.shape[-1] == 16 for rows in (*guess.logits, *p))
     weight = training.target.lm_head.weight[known]
     assert torch.equal(training.discriminator._frozen[0], weight)  # it judges the same tokens
     before = state_of(training)
