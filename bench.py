@@ -273,13 +273,14 @@ def load_prompts(config: BenchConfig, target, text: Text | None, encoding) -> li
     else:
         path = Path(config.prompts_file or QUESTIONS)
         try:
-            lines = [line for line in path.read_text("utf-8").splitlines() if line.strip()]
-            found = read_questions(path) if path.suffix == ".jsonl" else lines
+            if path.suffix == ".jsonl":
+                found = read_questions(path)
+            else:
+                lines = path.read_text("utf-8").splitlines()
+                found = [Question("file", [line]) for line in lines if line.strip()]
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"--prompts_file {path}: {error}") from error
-        if path.suffix != ".jsonl":
-            found = [Question("file", [line]) for line in lines]
-        elif config.prompts_file is None:
+        if config.prompts_file is None:
             found = in_turn([question for question in found if question.split == config.split])
         if chat is None:
             found = [(q.category, data.encode(encoding, q.turns[0])) for q in found]

@@ -98,8 +98,8 @@ def step_seconds(training, train, evaluate: Callable) -> Seconds:
     """
     config = training.config
     training.start(train)
-    count = max(1, config.head_tokens_per_step // config.head_window)
-    batch = training.known(train.batch(torch.arange(count) % len(train.windows)))
+    index = torch.arange(config.head_windows_per_step) % len(train.windows)
+    batch = training.known(train.batch(index))
 
     def timed(job, *arguments, repeats: int = 4) -> float:
         samples = []

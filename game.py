@@ -136,8 +136,13 @@ class HeadTraining:
         loss.backward()
         self.d_optimizer.step()
 
+    def teaches(self, batch: Batch, own_steps: int) -> bool:
+        """Whether there is a token to learn at every draft position: else a mean is no number."""
+        positions = self.head.max_draft or own_steps
+        return batch.learn[:, 1 + positions :].any().item()
+
     def discriminator_alone(self, batch: Batch) -> None:
-        if not batch.learn[:, 1 + (self.head.max_draft or self.config.own_steps) :].any():
+        if not self.teaches(batch, self.config.own_steps):
             return
         with torch.no_grad(), self.autocast():
             guess, p = self.game.guess(batch, self.config.own_steps)
@@ -148,9 +153,8 @@ class HeadTraining:
 
         `own_steps`: draft positions that EAGLE learns from. `rate`: of the peak learning rate.
         """
-        positions = self.head.max_draft or own_steps
-        if not batch.learn[:, 1 + positions :].any():
-            return {}  # nobody answers here: the mean of no losses is no number
+        if not self.teaches(batch, own_steps):
+            return {}
         with self.autocast():
             guess, p = self.game.guess(batch, own_steps)
         detached = guess._replace(logits=[logits.detach() for logits in guess.logits])

@@ -186,8 +186,12 @@ class TrainConfig:
         return self.window or self.context
 
     @property
+    def head_windows_per_step(self) -> int:
+        return max(1, self.batch_tokens // self.head_window)
+
+    @property
     def head_tokens_per_step(self) -> int:
-        return max(1, self.batch_tokens // self.head_window) * self.head_window
+        return self.head_windows_per_step * self.head_window
 
     def head_vocab(self, target) -> int:
         """S of a head for this target; 0 where that is all it has."""

@@ -74,8 +74,8 @@ def train_head(
     `wanted`: the settings it is known by. `before`: the checkpoint to go on from, with --more.
     """
     training = HeadTraining(config, name, target, autocast)
-    head, per_step = training.head, max(1, config.batch_tokens // config.head_window)
-    steps = max(1, wanted["head_tokens"] // (per_step * config.head_window))
+    head, per_step = training.head, config.head_windows_per_step
+    steps = max(1, wanted["head_tokens"] // config.head_tokens_per_step)
     joint_from = int(config.supervised_share * steps) if training.weight > 0 else steps
     stage = Stage(config.folder, name, steps, wanted, training.parts())
     if stage.step > 0:
@@ -109,13 +109,13 @@ def train_head(
             head.train()
             stage.keep_if_best(values["tau_estimate"], head)
         if log or "tau_estimate" in values:
-            stage.log(per_step * config.head_window, **values)
+            stage.log(config.head_tokens_per_step, **values)
     if stage.best is None:
         raise UserError(f"{name} diverged: try a lower --head_lr or --adversarial_weight")
     head.load_state_dict(stage.best)
     head.eval()
     rounds = before["training"]["rounds"] if before else []
-    tokens = steps * per_step * config.head_window
+    tokens = steps * config.head_tokens_per_step
     record = {
         "name": name,
         "settings": wanted,
@@ -166,11 +166,9 @@ def self_written(config: TrainConfig, target, checkpoint: dict, text, budget: Bu
     return Written(target, written, held_out=False), Written(target, written, held_out=True)
 
 
-def rounds_of(path: Path) -> int:
-    """How often the head at `path` was trained: once, and once more with each --more."""
-    if not path.is_file():
-        return 0
-    return len(load_checkpoint(path, "draft head")["training"].get("rounds", [0]))
+def rounds_of(checkpoint: dict) -> int:
+    """How often this head was trained: once, and once more with each --more."""
+    return len(checkpoint["training"].get("rounds", [0]))
 
 
 def train_heads(config: TrainConfig, text: Text | None, device, autocast) -> None:
@@ -182,8 +180,13 @@ def train_heads(config: TrainConfig, text: Text | None, device, autocast) -> Non
     target_print = checkpoint["fingerprint"]
     names = [config.head] if config.head else list(HEADS)
     paths = [folder / f"{name}.pt" for name in names]
-    budget = Budget(config, lambda rounds: all(rounds_of(path) >= rounds for path in paths))
     train = valid = None
+
+    def complete(rounds: int) -> bool:
+        heads = (load_checkpoint(p, "draft head") if p.is_file() else None for p in paths)
+        return all(head is not None and rounds_of(head) >= rounds for head in heads)
+
+    budget = Budget(config, complete)
 
     def cost(name: str) -> Seconds:
         evaluate = partial(measure_acceptance, target, features=valid, count=64)
@@ -197,7 +200,7 @@ def train_heads(config: TrainConfig, text: Text | None, device, autocast) -> Non
             changing = {"round", "head_tokens"} if config.minutes is not None else set()
             same = {k: v for k, v in wanted.items() if k not in changing}
             check_same(path, before["training"]["settings"], same)
-            if rounds_of(path) >= budget.round:
+            if rounds_of(before) >= budget.round:
                 print(f"{name}: trained already")
                 continue
         if train is None:
@@ -213,8 +216,9 @@ def train_heads(config: TrainConfig, text: Text | None, device, autocast) -> Non
     records = [head["training"] for head in found if head["target"] == target_print]
     (folder / "heads.md").write_text(heads_table(records) + "\n")
     plot_training(folder, [record["name"] for record in records])
-    where = "what the target wrote" if config.learns_from == "self" else "validation text"
-    print(f"\nOn {where}, held out, drafting along the text:\n\n{heads_table(records)}\n")
+    own = config.learns_from == "self"
+    where = "held-out text of the target's own" if own else "validation text"
+    print(f"\nOn {where}, drafting along the text itself:\n\n{heads_table(records)}\n")
     print(f"written: {folder / 'heads.md'}, {folder / 'training.png'}")
 
 
