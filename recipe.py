@@ -59,8 +59,7 @@ PRETRAINED = dict(
     head_data="self",
     draft_vocab=8192,
     own_steps=3,
-    batch_tokens=768,
-    head_lr=1e-3,
+    batch_tokens=3072,
     minutes=90.0,
 )
 

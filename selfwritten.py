@@ -8,10 +8,17 @@ user's question. Let it go on, and it answers; then comes the next question.
     opening | question | to_answer | answer | to_ask | question | ...
      ours      target's    ours      target's   ours
 
+Left to itself a small model asks for little but small talk and advice. So for two questions of
+three we write the first words as well, and it finds the rest: a text to be translated, a sum, a
+program. `BEGINNINGS` are spread over the uses that people make of such models (InstructGPT,
+2203.02155, table 1).
+
 Many conversations are written at once, one token each per pass: all are equally long, so that they
 need no padding, and the weights are read once for all. Answers are written at several temperatures,
-since decoding will be asked for both, certain text and varied text. Heads learn from the answers
-alone, the token included that ends them; `learn` marks these.
+since decoding will be asked for both, certain text and varied text. `learn` marks the answers, the
+token included that ends them: heads are held to these, and take their vocabulary from these. They
+learn from every token, since the target's p after a question's words teaches its language as well
+(LOG.md: tau 1.44 against 1.42 from answers alone, by equal time).
 
 The hidden state behind every token falls out of the writing, so it is kept, not computed again: in
 float16, in files that are mapped into memory and may be larger than it.
@@ -29,13 +36,36 @@ from torch import Tensor
 from chat import Chat
 from cli import UserError
 from draft_head import Batch
-from sampling import distribution, sample
+from sampling import sample_many
 
 TEMPERATURES = (0.2, 0.5, 0.9)  # of answers, in turn
 ASKING = 0.8  # temperature of questions: at 1 a small model asks nonsense
 ON_CPU, ON_GPU = 192, 1024  # texts written at once: more of them gain nothing any more
 CACHE_BYTES = 8e9  # the most that their keys and values may take
-QUESTION_TOKENS = 128  # a question that is longer is cut off: it should be answered some day
+TURN_TOKENS = 160  # a turn that is longer is cut off: small models like to repeat themselves
+FREE = 1 / 3  # share of the questions that the target begins as it likes
+# The first words of the others.
+BEGINNINGS = (
+    *("What is", "Who", "Why do", "Why is", "How does", "How can", "When did", "Where", "Explain"),
+    *("Describe", "What is the difference between", "Compare", "Is it true that", "Help me"),
+    *("Can you recommend", "My friend", "I am planning", "I need advice. ", "Pretend that you are"),
+    *("Write a short story about", "Write an email to", "Write a poem", "Give me five ideas for"),
+    *("Solve this problem step by step. ", "A train", "If I have", "How many", "Calculate"),
+    *("What is the probability", "There are", "A shop sells", "Write a Python function that"),
+    *("Write a function in JavaScript", "What does this code do?\n\n```python\n", "Write a C program"),
+    *("Fix the bug in this code:\n\n```", "Write an SQL query", "Make this email more polite:\n\n"),
+    *("Rewrite this paragraph in simpler words:\n\n", "Correct the grammar of this text:\n\n"),
+    *("Read this text and answer the question below.\n\n", "Here is a passage:\n\n"),
+    *("List all the names mentioned in this text:\n\n", "Classify the following review:\n\n"),
+    *("Summarize the following text:\n\n", "Summarise this passage in two sentences.\n\n"),
+    *("Give me a short summary of this article:\n\n", "TL;DR of the following story:\n\n"),
+    *("What are the main points of this text?\n\n", "Translate into Italian: "),
+    *("Translate the following text into Spanish:\n\n", "Please translate into German:\n\n"),
+    *("Translate this passage into French:\n\n", "Translate from German into English:\n\n"),
+    "Translate the following Spanish text into English:\n\n",
+    "Please translate this French paragraph into English:\n\n",
+    "Translate this Portuguese text into English:\n\n",
+)
 
 
 class Conversations:
@@ -110,7 +140,7 @@ class Written:
 
     def __init__(self, target, conversations: Conversations, held_out: bool):
         """One window in twenty is held out, and never learnt from."""
-        self.target, self.conversations = target, conversations
+        self.target, self.conversations, self.held_out = target, conversations, held_out
         numbers = torch.arange(conversations.count)
         self.numbers = numbers[(numbers % 20 == 0) == held_out]
         self.windows = conversations.tokens[self.numbers]  # (N, T + 1), as in Features
@@ -118,7 +148,9 @@ class Written:
     def batch(self, index: Tensor) -> Batch:
         weight, written = self.target.embed.weight, self.conversations
         picks = self.numbers[index]
-        parts = written.tokens[picks].long(), written.hidden[picks], written.learn[picks]
+        learn = written.learn[picks]
+        learn = learn if self.held_out else torch.ones_like(learn)
+        parts = written.tokens[picks].long(), written.hidden[picks], learn
         tokens, hidden, learn = (part.to(weight.device) for part in parts)
         return Batch(tokens, hidden.to(weight.dtype), learn)
 
@@ -135,37 +167,51 @@ def in_turn(count: int, device) -> Tensor:
     return torch.tensor(TEMPERATURES, device=device)[torch.arange(count) % len(TEMPERATURES)]
 
 
+def beginnings(chat: Chat) -> list[list[int]]:
+    """The first tokens of questions: none, then those of `BEGINNINGS`."""
+    return [[], *(chat.tokens([(words, False)]) for words in BEGINNINGS)]
+
+
 class Turns:
     """Many conversations at once: who is speaking in each, and what we write between turns."""
 
-    def __init__(self, chat: Chat, count: int, device):
-        self.heat = in_turn(count, device)
-        scripts = (chat.to_ask, chat.to_answer)  # before a question, before an answer
+    def __init__(self, chat: Chat, count: int, device, generator):
+        """`generator` decides how questions begin."""
+        self.heat, self.generator = in_turn(count, device), generator
+        # Script 0 comes before an answer, the others before questions and a little into them.
+        scripts = [chat.to_answer] + [chat.to_ask + words for words in beginnings(chat)]
         longest = max(map(len, scripts))
         padded = [script + [0] * (longest - len(script)) for script in scripts]
-        self.scripts = torch.tensor(padded, device=device)  # (2, longest)
+        self.scripts = torch.tensor(padded, device=device)  # (1 + Q, longest)
         self.lengths = torch.tensor([len(script) for script in scripts], device=device)
         self.stop = chat.stop
-        self.answering = torch.zeros(count, dtype=torch.long, device=device)  # 0: asking
-        self.left = torch.zeros_like(self.answering)  # how much of our script is still to come
-        self.said = torch.zeros_like(self.answering)  # by the target in this turn
+        self.script = self.question(count)
+        self.left = self.lengths[self.script] - len(chat.to_ask)  # of our script, still to come
+        self.said = torch.zeros_like(self.left)  # in this turn, our share of a question left out
+
+    def question(self, count: int) -> Tensor:
+        """How each of `count` questions begins (B,): script 1 is for those that are free to."""
+        u = torch.rand(count, generator=self.generator, device=self.lengths.device)
+        begun = ((u - FREE) / (1 - FREE) * (len(self.lengths) - 2)).long()  # 0, 1, .. above FREE
+        return torch.where(u < FREE, 1, 2 + begun)
 
     def temperatures(self) -> Tensor:
         """Of the next token of each text (B,)."""
-        return torch.where(self.answering == 1, self.heat, ASKING)
+        return torch.where(self.script == 0, self.heat, ASKING)
 
     def next(self, choice: Tensor) -> tuple[Tensor, Tensor]:
         """What the target would write (B,) -> what is written (B,), which of it is to be learnt."""
-        ours = self.left > 0
-        place = self.lengths[self.answering] - self.left.clamp(min=1)
-        endless = (self.answering == 0) & (self.said >= QUESTION_TOKENS)
+        ours, answering = self.left > 0, self.script == 0
+        place = self.lengths[self.script] - self.left.clamp(min=1)
+        endless = ~ours & (self.said >= TURN_TOKENS)
         choice = torch.where(endless, self.stop, choice)
-        token = torch.where(ours, self.scripts[self.answering, place], choice)
-        learn = ~ours & (self.answering == 1)
+        token = torch.where(ours, self.scripts[self.script, place], choice)
+        learn = ~ours & ~endless & answering
         over = ~ours & (token == self.stop)
         self.said = torch.where(over, 0, self.said + ~ours)
-        self.answering = self.answering ^ over.long()
-        self.left = torch.where(over, self.lengths[self.answering], self.left - ours.long())
+        following = torch.where(answering, self.question(len(token)), 0)
+        self.script = torch.where(over, following, self.script)
+        self.left = torch.where(over, self.lengths[self.script], self.left - ours.long())
         return token, learn
 
 
@@ -204,9 +250,9 @@ def write(target, opening: Tensor, length: int, turns, banned: Tensor, generator
         hidden[:, place:end] = states
         logits = target.lm_head(states[:, -1]).float()  # (B, V)
         logits[:, banned] = -torch.inf
-        p = distribution(logits / turns.temperatures()[:, None], temperature=1.0)
-        u = torch.rand(count, generator=generator, device=device)
-        token, to_learn = turns.next(sample(p, u))
+        p = logits.div_(turns.temperatures()[:, None]).softmax(-1)
+        u = torch.rand(count, generator=generator, device=device, dtype=torch.float64)
+        token, to_learn = turns.next(sample_many(p, u))
         opening, place = token[:, None], end
         learn[:, place] = to_learn
 
@@ -224,15 +270,17 @@ def write_until(written: Conversations, target, encoding, chat, openings, enough
     stop = encoding.eot_token if chat is None else chat.stop
     banned = sorted(set(encoding._special_tokens.values()) - {stop})
     banned = torch.tensor(banned, device=device, dtype=torch.long)
-    if chat is not None and len(chat.opening) >= length:
-        raise UserError(f"--window {length} is too small: this chat opens with {len(chat.opening)}")
+    needed = len(chat.opening) + max(map(len, beginnings(chat))) if chat is not None else 0
+    if needed >= length:
+        raise UserError(f"--window {length} is too small: chats begin with up to {needed} tokens")
     while not enough(written.count, written.seconds):
         begin = time.monotonic()
         # Of the windows written before alone: a run that was interrupted writes what it would have.
         seed = written.about["seed"] * 1_000_003 + written.count
         generator = torch.Generator(device).manual_seed(seed)
         if chat is not None:
-            opening, turns = torch.tensor([chat.opening] * at_once), Turns(chat, at_once, device)
+            opening = torch.tensor([chat.opening] * at_once)
+            turns = Turns(chat, at_once, device, generator)
         else:
             order = torch.randperm(len(openings), generator=torch.Generator().manual_seed(seed))
             opening = openings[order[torch.arange(at_once) % len(order)]]
