@@ -60,6 +60,7 @@ PRETRAINED = dict(
     draft_vocab=8192,
     own_steps=3,
     batch_tokens=3072,
+    discriminator_steps=50,
     minutes=90.0,
 )
 

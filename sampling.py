@@ -14,9 +14,9 @@ from torch import Tensor
 
 from cli import UserError
 
+SMALLEST = 1e-30  # floor of temperature and top_p: smaller ones are 0 in float32
 BLOCK = 256  # tokens, see `sample_many`
 LAST_BELOW_1 = math.nextafter(1.0, 0.0)
-SMALLEST = 1e-30  # floor of temperature and top_p: smaller ones are 0 in float32
 # Greedily the target takes its likeliest token, however close the second: guesses are surer to be
 # right than the head's q says. Of 1, 0.7, 0.5 and 0.3 the lowest grew the best trees on validation.
 GREEDY_TEMPERATURE = 0.3

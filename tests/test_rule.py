@@ -10,13 +10,11 @@ The chi-square tests are seeded. At the level used, a fresh seed fails a correct
 probability 1e-9.
 """
 
-import math
-
 import pytest
 import torch
 from toys import FALSE_ALARM, chi_square_p_value, random_tables, rest_of, verdicts
 
-from sampling import distribution, sample
+from sampling import BLOCK, LAST_BELOW_1, distribution, sample, sample_many
 from speculate import acceptance_probability, residual, verify
 
 SAMPLING = {
@@ -28,7 +26,6 @@ SAMPLING = {
     "all": dict(temperature=0.7, top_k=3, top_p=0.9),
     "greedy": dict(temperature=0.0),
 }
-LAST_BELOW_1 = math.nextafter(1.0, 0.0)
 
 
 def worst_difference(gamma: int, sampling: dict, **wrong) -> float:
@@ -242,6 +239,17 @@ def test_sample_follows_p():
     counts = sample(p.expand(len(u), 20), u).bincount(minlength=20)
     assert chi_square_p_value(counts, p) > FALSE_ALARM
     assert chi_square_p_value(counts, p**0.95) < FALSE_ALARM
+
+
+@pytest.mark.parametrize("vocab", [5, BLOCK - 1, BLOCK, 3 * BLOCK, 1000])
+def test_sample_many_is_sample(vocab):
+    """Both cut the same line at u; where a block has no chance, too."""
+    p = distribution(random_logits(300, vocab), 1.0, top_k=7)
+    for u in (torch.rand(300, generator=torch.Generator().manual_seed(1), dtype=torch.float64), 0.0):
+        u = torch.zeros(300, dtype=torch.float64) + u
+        assert torch.equal(sample_many(p, u), sample(p, u))
+    token = sample_many(p, torch.full((300,), LAST_BELOW_1, dtype=torch.float64))
+    assert (p.gather(-1, token[:, None]) > 0).all()
 
 
 def test_sample_of_a_one_hot_row_needs_no_luck():

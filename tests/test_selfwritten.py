@@ -1,7 +1,7 @@
 """What a target writes for its heads to learn from: the right tokens, with the right states.
 
-A head that learns from the user's questions, or from states that are one token off, still learns
-something, and only drafts worse than it could. And an hour of writing that an interrupt spoils, or
+A head that is held to the user's questions, or learns from states that are one token off, still
+learns something, and only drafts worse than it could. And an hour of writing that an interrupt spoils, or
 that is read back as what another target wrote, would be believed all the same.
 """
 
@@ -18,8 +18,8 @@ from data import build_encoding
 from sampling import distribution
 from selfwritten import (
     ASKING,
-    QUESTION_TOKENS,
     TEMPERATURES,
+    TURN_TOKENS,
     Continuations,
     Conversations,
     Turns,
@@ -43,12 +43,19 @@ def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
+@pytest.fixture(autouse=True)
+def free_questions(monkeypatch):
+    """But where a test says so, we write no first words."""
+    monkeypatch.setattr(selfwritten, "FREE", 1.0)
+    monkeypatch.setattr(selfwritten, "BEGINNINGS", ())
+
+
 # --------------------------------------------------------------------------------- whose turn it is
 
 
 def play(choices: list[int], chat=CHAT) -> tuple[list[int], list[bool]]:
     """What is written where the target would choose these tokens one after the other."""
-    turns = Turns(chat, 1, CPU)
+    turns = Turns(chat, 1, CPU, generator())
     rows = [turns.next(torch.tensor([choice])) for choice in choices]
     return [token.item() for token, _ in rows], [learn.item() for _, learn in rows]
 
@@ -67,7 +74,7 @@ def test_question_and_answer_take_turns_with_our_words_between_them():
 
 
 def test_each_conversation_takes_its_own_turns():
-    turns, alone = Turns(CHAT, 3, CPU), [play, play, play]
+    turns, alone = Turns(CHAT, 3, CPU, generator()), [play, play, play]
     choices = torch.randint(90, 110, (60, 3), generator=generator())
     choices[choices > 105] = STOP
     rows = [turns.next(row) for row in choices]
@@ -77,22 +84,44 @@ def test_each_conversation_takes_its_own_turns():
     assert len({tuple(row) for row in learn}) == 3
 
 
-def test_a_question_that_does_not_end_is_ended():
-    tokens, learn = play([SAID] * (QUESTION_TOKENS + 1 + len(CHAT.to_answer) + 3 * QUESTION_TOKENS))
-    end = tokens.index(STOP)
-    assert end == QUESTION_TOKENS
-    assert tokens[end + 1 :][: len(CHAT.to_answer)] == CHAT.to_answer
-    assert tokens.count(STOP) == 1 + CHAT.to_answer.count(STOP)  # an answer may be of any length
-    assert not any(learn[: end + 1 + len(CHAT.to_answer)])
-    assert all(learn[end + 1 + len(CHAT.to_answer) :])
+def test_a_turn_that_does_not_end_is_ended():
+    """That it ends there was not the target's choice, and is not to be learnt."""
+    ours = [SAID] * len(CHAT.to_answer)
+    tokens, learn = play([SAID] * (TURN_TOKENS + 1) + ours + [SAID] * (TURN_TOKENS + 3))
+    answer = TURN_TOKENS + 1 + len(ours)
+    assert tokens[:answer] == [SAID] * TURN_TOKENS + [STOP, *CHAT.to_answer]
+    assert tokens[answer : answer + TURN_TOKENS + 1] == [SAID] * TURN_TOKENS + [STOP]
+    assert [i for i, one in enumerate(learn) if one] == list(range(answer, answer + TURN_TOKENS))
 
 
-def test_the_length_of_a_question_is_its_own():
+def test_the_length_of_a_turn_is_its_own():
     """It is not that of the conversation so far."""
-    long = [SAID] * (QUESTION_TOKENS - 1)
-    answer = [*([SAID] * len(CHAT.to_answer)), *long, *long, STOP]
+    long = [SAID] * (TURN_TOKENS - 1)
+    answer = [*([SAID] * len(CHAT.to_answer)), *long, STOP]
     tokens, learn = play([*long, STOP, *answer, *([SAID] * len(CHAT.to_ask)), *long])
     assert tokens[-len(long) :] == long and not any(learn[-len(long) :])
+
+
+def test_questions_begin_with_words_of_ours_or_freely(monkeypatch):
+    """First questions and later ones; that many of them freely, the others in every way."""
+    monkeypatch.setattr(selfwritten, "FREE", 0.25)
+    monkeypatch.setattr(selfwritten, "BEGINNINGS", ("Why", "Sum it up: ", "How"))
+    ways = [(), *(tuple(CHAT.tokens([(words, False)])) for words in selfwritten.BEGINNINGS)]
+    turns = Turns(CHAT, 1000, CPU, generator())
+    # Each turn is one token and its end, whatever we write before.
+    rows = [turns.next(torch.where(turns.said == 0, SAID, STOP))[0] for _ in range(150)]
+    answer, begun = [*CHAT.to_answer, SAID, STOP, *CHAT.to_ask], [[], []]
+    for text in torch.stack(rows, 1).tolist():
+        place = 0
+        for found in begun:
+            way = next(w for w in ways if text[place:][: len(w) + 2] == [*w, SAID, STOP])
+            place += len(way) + 2
+            assert text[place:][: len(answer)] == answer
+            place += len(answer)
+            found.append(ways.index(way))
+    for found in begun:
+        counts = torch.tensor(found).bincount(minlength=len(ways))
+        assert chi_square_p_value(counts, torch.full((4,), 0.25)) > FALSE_ALARM
 
 
 def test_a_token_that_ends_a_turn_ends_none_among_our_own_words():
@@ -104,7 +133,7 @@ def test_a_token_that_ends_a_turn_ends_none_among_our_own_words():
 
 
 def test_answers_are_written_at_several_temperatures_and_questions_at_one():
-    turns = Turns(CHAT, 4, CPU)
+    turns = Turns(CHAT, 4, CPU, generator())
     assert turns.temperatures().tolist() == pytest.approx([ASKING] * 4)
     turns.next(torch.tensor([STOP, SAID, STOP, STOP]))
     first, second, third = TEMPERATURES
@@ -121,7 +150,7 @@ def test_the_states_kept_are_those_that_each_token_was_chosen_from(chatting):
     """They fall out of the writing, through a cache; a single pass over the text gives the same."""
     target, length = chat_target(), 50
     opening = torch.tensor([CHAT.opening] * 4) if chatting else torch.arange(40, 60).view(4, 5)
-    turns = Turns(CHAT, 4, CPU) if chatting else Continuations(4, CPU)
+    turns = Turns(CHAT, 4, CPU, generator()) if chatting else Continuations(4, CPU)
     banned = torch.tensor([0, 1])
     tokens, learn, hidden = write(target, opening, length, turns, banned, generator())
     assert tokens.shape == learn.shape == (4, length + 1) and hidden.dtype == torch.float16
@@ -139,7 +168,7 @@ def test_each_token_is_a_sample_of_the_targets_law_at_its_temperature(chatting):
     """By the share of the law that lies below it: uniform, if state, law and token belong together."""
     target, length, count = chat_target(), 100, 1000
     opening = torch.tensor([CHAT.opening] * count) if chatting else torch.full((count, 1), 9)
-    turns = Turns(CHAT, count, CPU) if chatting else Continuations(count, CPU)
+    turns = Turns(CHAT, count, CPU, generator()) if chatting else Continuations(count, CPU)
     few = [STOP, *range(100, 112)]  # so that turns are short
     banned = torch.tensor([token for token in range(ENCODING.known) if token not in few])
     tokens, learn, _ = write(target, opening, length, turns, banned, generator(1))
@@ -161,7 +190,7 @@ def test_a_text_ends_in_the_middle_of_our_words_too():
     """Wherever the window ends, it is full, and has a state for each token but the last."""
     target = chat_target()
     for length in range(len(CHAT.opening) + 1, len(CHAT.opening) + 6):
-        opening, turns = torch.tensor([CHAT.opening] * 2), Turns(CHAT, 2, CPU)
+        opening, turns = torch.tensor([CHAT.opening] * 2), Turns(CHAT, 2, CPU, generator())
         tokens, _, hidden = write(target, opening, length, turns, torch.tensor([0]), generator())
         assert tokens.shape == (2, length + 1) and hidden.shape == (2, length, 16)
         states = target(tokens[:, :-1].long())
@@ -318,7 +347,8 @@ def test_a_batch_is_the_windows_asked_for_with_their_states(tmp_path):
         rows = part.numbers[index]
         assert torch.equal(tokens, conversations.tokens[rows].long()) and hidden.dtype.itemsize == 8
         assert torch.equal(tokens, part.windows[index].long())
-        assert torch.equal(learn, conversations.learn[rows])
+        # A head is held to the answers, and learns from every token.
+        assert torch.equal(learn, conversations.learn[rows]) if part.held_out else learn.all()
         assert torch.equal(hidden.half(), conversations.hidden[rows])
 
 
