@@ -60,9 +60,10 @@ class Game:
         judged = self.judged(guess, batch, p)
         return supervised, sum(w * adversarial_loss(d, q) for w, d, _, q in judged)
 
-    def discriminator_loss(self, guess: Guess, batch: Batch, p: list[Tensor]) -> Tensor:
-        judged = self.judged(guess, batch, p)
-        return sum(w * discriminator_loss(d, p_i, q) for w, d, p_i, q in judged)
+    def discriminator_losses(self, guess: Guess, batch: Batch, p: list[Tensor]):
+        """L_D of one draft position after the other, each reckoned when it is asked for."""
+        for weight, d_logits, p_i, q in self.judged(guess, batch, p):
+            yield weight * discriminator_loss(d_logits, p_i, q)
 
     @torch.no_grad()
     def health(self, guess: Guess, batch: Batch, p: list[Tensor]) -> dict[str, float]:
@@ -130,10 +131,12 @@ class HeadTraining:
         return batch._replace(learn=batch.learn & (self.head.vocabulary.places(batch.tokens) >= 0))
 
     def discriminator_step(self, batch: Batch, guess: Guess, p: list[Tensor]) -> None:
-        with self.autocast():
-            loss = self.game.discriminator_loss(guess, batch, p)
         self.d_optimizer.zero_grad()
-        loss.backward()
+        losses = self.game.discriminator_losses(guess, batch, p)
+        for _ in p:  # what a position keeps for its gradient is let go before the next
+            with self.autocast():
+                loss = next(losses)
+            loss.backward()
         self.d_optimizer.step()
 
     def teaches(self, batch: Batch, own_steps: int) -> bool:

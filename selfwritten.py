@@ -52,7 +52,11 @@ BEGINNINGS = (
     *("Write a short story about", "Write an email to", "Write a poem", "Give me five ideas for"),
     *("Solve this problem step by step. ", "A train", "If I have", "How many", "Calculate"),
     *("What is the probability", "There are", "A shop sells", "Write a Python function that"),
-    *("Write a function in JavaScript", "What does this code do?\n\n```python\n", "Write a C program"),
+    *(
+        "Write a function in JavaScript",
+        "What does this code do?\n\n```python\n",
+        "Write a C program",
+    ),
     *("Fix the bug in this code:\n\n```", "Write an SQL query", "Make this email more polite:\n\n"),
     *("Rewrite this paragraph in simpler words:\n\n", "Correct the grammar of this text:\n\n"),
     *("Read this text and answer the question below.\n\n", "Here is a passage:\n\n"),

@@ -452,7 +452,8 @@ def chat_run(tmp_path_factory) -> tuple[Path, list[str]]:
     ]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("selfwritten.ON_CPU", 40)
-        patch.setattr("selfwritten.QUESTION_TOKENS", 5)
+        patch.setattr("selfwritten.TURN_TOKENS", 12)
+        patch.setattr("selfwritten.BEGINNINGS", ("Why", "Add"))
         patch.setattr(sys, "argv", ["train.py", *flags])
         train.main()
     return folder / "run", flags

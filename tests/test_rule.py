@@ -245,7 +245,10 @@ def test_sample_follows_p():
 def test_sample_many_is_sample(vocab):
     """Both cut the same line at u; where a block has no chance, too."""
     p = distribution(random_logits(300, vocab), 1.0, top_k=7)
-    for u in (torch.rand(300, generator=torch.Generator().manual_seed(1), dtype=torch.float64), 0.0):
+    for u in (
+        torch.rand(300, generator=torch.Generator().manual_seed(1), dtype=torch.float64),
+        0.0,
+    ):
         u = torch.zeros(300, dtype=torch.float64) + u
         assert torch.equal(sample_many(p, u), sample(p, u))
     token = sample_many(p, torch.full((300,), LAST_BELOW_1, dtype=torch.float64))
