@@ -177,8 +177,9 @@ def keep_freed_memory() -> None:
     """
     try:
         libc = ctypes.CDLL("libc.so.6")
-        # M_MMAP_THRESHOLD: take large blocks from the heap as well. Old versions refuse more than 32 MB.
-        libc.mallopt(-3, 1 << 30) or libc.mallopt(-3, 32 << 20)
+        # M_MMAP_THRESHOLD: take large blocks from the heap as well, but not the largest: of ever
+        # new sizes they leave gaps in it, until 24 GB are full. Old versions refuse more than 32 MB.
+        libc.mallopt(-3, 34 << 20) or libc.mallopt(-3, 32 << 20)
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: and never shrink it
     except (OSError, AttributeError):
         pass
