@@ -54,15 +54,21 @@ class Discriminator(nn.Module):
         """Take these rows of the LM head, of the tokens that the draft head can guess (S, D)."""
         self._frozen = (lm_head.detach(),)  # in a tuple: neither a parameter nor saved with D
 
-    def forward(self, before: Tensor, after: Tensor, position: int) -> Tensor:
+    def context(self, before: Tensor, after: Tensor, position: int) -> Tensor:
         """States (.., D): `before`, the head's input h_t, and `after`, the target's own h+.
 
-        Returns the logits of D for every token (.., S).
+        Returns g and b (.., D + 1).
         """
         where = self.position.weight[position]
-        context = F.silu(self.read(torch.cat([before, after], dim=-1)) + where)
-        g, b = self.judge(context).split([before.shape[-1], 1], dim=-1)
+        return self.judge(F.silu(self.read(torch.cat([before, after], dim=-1)) + where))
+
+    def score(self, context: Tensor) -> Tensor:
+        """What `context` gave -> the logits of D for every token (.., S)."""
+        g, b = context.split([context.shape[-1] - 1, 1], dim=-1)
         return F.linear(g, self._frozen[0]) + b
+
+    def forward(self, before: Tensor, after: Tensor, position: int) -> Tensor:
+        return self.score(self.context(before, after, position))
 
 
 def exact_logits(p: Tensor, q: Tensor) -> Tensor:

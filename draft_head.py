@@ -116,14 +116,22 @@ class Batch(NamedTuple):
 
 
 class Guess(NamedTuple):
-    """What a head says of a batch, for draft positions i = 1..P.
+    """What a head says of a batch, for draft positions i = 1..P, short of the map to logits.
 
     A guess at position i is made at a state t, of token x_{t+1+i}, and is to be compared with the
     target's own p there, that of state t + i. `Batch.rows` tells which N there are.
     """
 
-    logits: list[Tensor]  # of each position (N, S)
-    features: list[Tensor] | None  # (N, D): the guessed hidden states, where there are any (EAGLE)
+    states: list[Tensor]  # of each position (N, D); EAGLE's are its guesses of the hidden states
+    maps: list[Tensor]  # of each position (S, D), from states to logits
+
+    @property
+    def logits(self) -> list[Tensor]:
+        """Of each position (N, S). Training never has all of them at once: game.py."""
+        return [F.linear(state, to_logits) for state, to_logits in zip(self.states, self.maps)]
+
+    def detach(self) -> "Guess":
+        return Guess([s.detach() for s in self.states], [m.detach() for m in self.maps])
 
 
 class MedusaState:
@@ -143,6 +151,7 @@ class Medusa(nn.Module):
     """
 
     autoregressive = False
+    learns_law = False  # it learns the text's own tokens, not p
 
     def __init__(self, config: HeadConfig, target: GPT):
         super().__init__()
@@ -172,21 +181,17 @@ class Medusa(nn.Module):
 
     def forward(self, batch: Batch, own_steps: int = 1) -> Guess:
         """The training form."""
-        guesses = []
+        states = []
         for i in range(1, self.config.num_heads + 1):
             u = batch.rows(batch.hidden[:, :-i], i)  # (N, D)
             for weight, bias in zip(self.weights, self.biases):
                 u = u + F.silu(torch.addmm(bias[i - 1], u, weight[i - 1]))
-            guesses.append(u @ self.out[i - 1])  # (N, S)
-        return Guess(guesses, None)
+            states.append(u)
+        return Guess(states, [out.T for out in self.out])
 
-    def supervised_loss(self, guess: Guess, batch: Batch, p: list[Tensor]) -> Tensor:
-        """Sum over i of 0.8^i CE(head_i, x_{t+1+i}), with the text's own tokens as labels."""
-        loss = batch.hidden.new_zeros(())
-        for i, (weight, logits) in enumerate(zip(self.position_weights, guess.logits), start=1):
-            labels = self.vocabulary.places(batch.rows(batch.tokens[:, i + 1 :], i))  # (N,)
-            loss = loss + weight * F.cross_entropy(logits.float(), labels)
-        return loss
+    def supervised_loss(self, logits: Tensor, tokens: Tensor, state, true) -> Tensor:
+        """CE(head_i, x_{t+1+i}) of logits (N, S) and the places of the tokens (N,)."""
+        return F.cross_entropy(logits, tokens)
 
     def prepare(self, target: GPT, batch: Batch) -> None:
         """Nothing to solve: a Medusa head starts from zeros and the target's LM head."""
@@ -254,6 +259,7 @@ class Eagle(nn.Module):
     """Predicts the target's next hidden state with K decoder layers of the target's own kind."""
 
     autoregressive = True  # a guess depends on the drafted tokens before it
+    learns_law = True
     max_draft = None  # it can go on as long as it likes
     position_weights = [0.8**i for i in range(8)]  # of the first, second, .. guess in a row
 
@@ -289,12 +295,20 @@ class Eagle(nn.Module):
             cache.advance(tokens.shape[1])
         return u
 
-    def logits(self, features: Tensor) -> Tensor:
-        """The target's LM head on guessed states: gradients pass through it, and not into it."""
-        weight = self.target.lm_head.weight.detach()
-        if self._lm_rows is None or self._lm_rows.dtype != weight.dtype:
-            self._lm_rows = self.vocabulary.rows(weight)  # a copy, made once
-        return F.linear(features, self._lm_rows)
+    def lm_head(self) -> Tensor:
+        """The rows (S, D) of the target's LM head for the tokens that this one can guess.
+
+        Gradients pass through it, and not into it. In the dtype that is computed in.
+        """
+        weight, dtype = self.target.lm_head.weight.detach(), self.target.lm_head.weight.dtype
+        if torch.is_autocast_enabled(weight.device.type):
+            dtype = torch.get_autocast_dtype(weight.device.type)
+        if self._lm_rows is None or self._lm_rows.dtype != dtype:
+            self._lm_rows = self.vocabulary.rows(weight).to(dtype)  # a copy, made once
+        return self._lm_rows
+
+    def logits(self, states: Tensor) -> Tensor:
+        return F.linear(states, self.lm_head())
 
     def forward(self, batch: Batch, own_steps: int = 1) -> Guess:
         """The training form.
@@ -308,25 +322,22 @@ class Eagle(nn.Module):
         states = batch.hidden[:, :-1]
         if self.training:
             states = states + states.std() * 0.1 * (2 * torch.rand_like(states) - 1)
-        length, features, passes = states.shape[1], [], Rollout(self.config.layers)
+        length, guesses, passes = states.shape[1], [], Rollout(self.config.layers)
         cos, sin, mask = self.rotary(0, length)
         for own in range(own_steps):
             guessed = self.step(batch.tokens[:, 1:-1], states, passes, (cos, sin, mask))
             # (B, T - 1, D), but the first `own` places have too few before them to guess so far.
-            features.append(batch.rows(guessed[:, own:], own + 1))
+            guesses.append(batch.rows(guessed[:, own:], own + 1))
             states = F.pad(guessed[:, :-1], (0, 0, 1, 0))  # read next, one place further on
             mask = Rollout.mask(length, own + 1, states.device)
-        return Guess([self.logits(f) for f in features], features)
+        return Guess(guesses, [self.lm_head()] * own_steps)
 
-    def supervised_loss(self, guess: Guess, batch: Batch, p: list[Tensor]) -> Tensor:
-        """SmoothL1(h', h) + 0.1 CE(p, q): EAGLE, section 3.2; weighted by position."""
-        loss = batch.hidden.new_zeros(())
-        for i, (logits, features) in enumerate(zip(guess.logits, guess.features), start=1):
-            true = batch.rows(batch.hidden[:, i:], i)
-            soft = -(p[i - 1] * F.log_softmax(logits.float(), dim=-1)).sum(-1).mean()
-            one = F.smooth_l1_loss(features.float(), true) + 0.1 * soft
-            loss = loss + self.position_weights[i - 1] * one
-        return loss
+    def supervised_loss(self, logits: Tensor, p: Tensor, state: Tensor, true: Tensor) -> Tensor:
+        """SmoothL1(h', h) + 0.1 CE(p, q): EAGLE, section 3.2.
+
+        logits and p (N, S), the guessed states and the true ones (N, D).
+        """
+        return F.smooth_l1_loss(state.float(), true) + 0.1 * F.cross_entropy(logits, p)
 
     @torch.no_grad()
     def prepare(self, target: GPT, batch: Batch) -> None:

@@ -349,7 +349,7 @@ def test_eagle_starts_as_the_least_squares_solution(float64):
     least = (inputs @ best - outputs).square().mean()
     assert least > 0.01 and residual.square().mean() <= least * (1 + 1e-6)
 
-    (features,) = head.eval()(batch).features  # the layers above start as the identity
+    (features,) = head.eval()(batch).states  # the layers above start as the identity
     torch.testing.assert_close(features, inputs @ weights, rtol=0, atol=1e-10)
 
 
@@ -372,7 +372,7 @@ def test_the_training_form_is_the_decoding_form(kind, own_steps, layers, float64
             drafted = head.expand(state, tokens[:, length + i, None]) if i else head.expand(state)
             torch.testing.assert_close(rows[:, length - 1], drafted[:, 0], rtol=0, atol=1e-10)
             if kind == "eagle":
-                features = guess.features[i].unflatten(0, (2, -1))[:, length - 1]
+                features = guess.states[i].unflatten(0, (2, -1))[:, length - 1]
                 torch.testing.assert_close(features, state.nodes[:, 0], rtol=0, atol=1e-10)
             compared += 1
     assert compared == sum(rows.shape[1] for rows in logits)

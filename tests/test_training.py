@@ -8,6 +8,7 @@ Whole runs, and how they are resumed, are in test_resuming.py.
 import itertools
 import math
 from contextlib import nullcontext
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -25,12 +26,12 @@ from discriminator import (
     health,
     jensen_shannon,
 )
-from draft_head import HeadConfig, build_head
+from draft_head import Guess, HeadConfig, build_head
 from features import DRAFT_POSITIONS, Features, bits_per_byte, measure_acceptance, spread
 from game import Game, HeadTraining
 from model import GPT, GPTConfig
 from recipe import TrainConfig
-from stage import batch_indices, is_due, schedule
+from stage import Autocast, batch_indices, is_due, schedule
 
 # ------------------------------------------------------------------------- the discriminator
 
@@ -166,13 +167,14 @@ def gradients(head, loss) -> list[torch.Tensor]:
 def test_lambda_0_is_supervised_training(kind):
     target, head, judge, batch = setting(kind)
     game = Game(target, head, judge)
-    guess, p = game.guess(batch, OWN_STEPS)
-    alone, nothing = game.head_losses(guess, batch, p, adversarial=False)
-    assert nothing is None
-    supervised, adversarial = game.head_losses(guess, batch, p, adversarial=True)
-    both = gradients(head, supervised + 0.0 * adversarial)
-    assert all(torch.equal(a, b) for a, b in zip(gradients(head, alone), both))
+    guess = head(batch, OWN_STEPS)
+    supervised, adversarial = game.head_loss(guess, batch), game.head_loss(guess, batch, 0.0, 1.0)
+    alone = gradients(head, game.head_loss(guess, batch, 1.0, 0.0))
+    assert all(torch.equal(a, b) for a, b in zip(gradients(head, supervised), alone))
     assert any(g.abs().max() > 1e-4 for g in gradients(head, adversarial))  # it would matter
+    both = gradients(head, game.head_loss(guess, batch, 1.0, 0.3))
+    for one, other in zip(both, gradients(head, supervised + 0.3 * adversarial)):
+        torch.testing.assert_close(one, other)
 
 
 @pytest.mark.parametrize("kind", ["medusa", "eagle"])
@@ -181,9 +183,7 @@ def test_a_heads_step_changes_neither_target_nor_discriminator(kind, closed_form
     target, head, judge, batch = setting(kind)
     target.requires_grad_(True)  # even then
     game = Game(target, head, None if closed_form else judge)
-    guess, p = game.guess(batch, OWN_STEPS)
-    supervised, adversarial = game.head_losses(guess, batch, p, adversarial=True)
-    (supervised + adversarial).backward()
+    game.head_loss(head(batch, OWN_STEPS), batch, 1.0, 1.0).backward()
     assert all(w.grad is None for w in [*target.parameters(), *judge.parameters()])
     assert any(w.grad is not None and w.grad.abs().max() > 0 for w in head.parameters())
 
@@ -193,8 +193,7 @@ def test_the_discriminators_step_changes_neither_target_nor_head(kind):
     target, head, judge, batch = setting(kind)
     target.requires_grad_(True)
     game = Game(target, head, judge)
-    guess, p = game.guess(batch, OWN_STEPS)
-    sum(game.discriminator_losses(guess, batch, p)).backward()
+    game.discriminator_loss(head(batch, OWN_STEPS), batch).backward()
     assert all(w.grad is None for w in [*target.parameters(), *head.parameters()])
     assert judge.judge.weight.grad.abs().max() > 0
 
@@ -204,52 +203,77 @@ def test_a_guess_is_compared_with_the_targets_law_for_the_same_token(kind):
     """A head that knew the target's next states would be indistinguishable from it."""
     target, head, _, batch = setting(kind)
     game = Game(target, head, None)
-    guess, p = game.guess(batch, OWN_STEPS)
-    truth = target.lm_head(batch.hidden)
-    assert len(guess.logits) == len(p) == (4 if kind == "medusa" else OWN_STEPS)
-    places = range(1, len(p) + 1)
-    perfect = guess._replace(logits=[batch.rows(truth[:, i:], i) for i in places])
+    guess = head(batch, OWN_STEPS)
+    places = range(1, len(guess.states) + 1)
+    assert len(places) == (4 if kind == "medusa" else OWN_STEPS)
+    states = [batch.rows(batch.hidden[:, i:], i) for i in places]
+    perfect = Guess(states, [target.lm_head.weight] * len(places))
     assert [x.shape for x in perfect.logits] == [x.shape for x in guess.logits]
-    for i in places:  # to be learnt, and with a state that the head guesses from, `i` before
-        assert len(p[i - 1]) == batch.learn[:, i + 1 :].sum()
-        torch.testing.assert_close(p[i - 1], perfect.logits[i - 1].softmax(-1))
-    figures = game.health(perfect, batch, p)
+    laws = [game.law(after) for *_, (_, _, after, _), _ in game.positions(guess, batch)]
+    for i, p in zip(places, laws):  # to be learnt, and with a state to guess from, `i` before
+        assert len(p) == batch.learn[:, i + 1 :].sum()
+        torch.testing.assert_close(p, perfect.logits[i - 1].softmax(-1))
+    figures = game.health(perfect, batch)
     assert figures["d_accuracy_bound"] == pytest.approx(0.5, abs=1e-5)
     assert figures["d_loss"] == pytest.approx(2 * math.log(2), abs=1e-5)
     if kind == "eagle":  # SmoothL1 = 0 then, and the cross entropy is the target's own entropy
-        perfect = perfect._replace(features=[batch.rows(batch.hidden[:, i:], i) for i in places])
-        entropy = sum(0.8 ** (i - 1) * -(p[i - 1] * p[i - 1].log()).sum(-1).mean() for i in places)
-        loss = head.supervised_loss(perfect, batch, p)
-        torch.testing.assert_close(loss, 0.1 * entropy)
+        entropy = sum(0.8**i * -(p * p.log()).sum(-1).mean() for i, p in enumerate(laws))
+        torch.testing.assert_close(game.head_loss(perfect, batch), 0.1 * entropy)
     else:  # equation 1 of Medusa, on logits that spell the text
         labels = [batch.tokens[:, i + 1 :][batch.learn[:, i + 1 :]] for i in places]
         spelled = [100.0 * F.one_hot(label, 40).float() for label in labels]
-        loss = head.supervised_loss(guess._replace(logits=spelled), batch, p)
+        loss = game.head_loss(Guess(spelled, [torch.eye(40)] * len(places)), batch)
         assert loss.item() == pytest.approx(0, abs=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["medusa", "eagle"])
 def test_the_discriminator_sees_the_state_guessed_from_and_the_one_guessed_for(kind):
-    target, head, _, batch = setting(kind)
+    target, head, judge, batch = setting(kind)
     seen = []
 
-    def judge(before, after, position):
-        seen.append((before, after, position))
-        return torch.zeros(len(before), 40)
+    class Recorder(Discriminator):
+        def context(self, before, after, position):
+            seen.append((before, after, position))
+            return super().context(before, after, position)
 
-    game = Game(target, head, judge)
-    guess, p = game.guess(batch, OWN_STEPS)
-    judged = list(game.judged(guess, batch, p))
-    assert len(judged) == len(seen) == (4 if kind == "medusa" else OWN_STEPS)
-    hidden, learn = batch.hidden, batch.learn
-    for i, ((before, after, position), (weight, _, real, fake)) in enumerate(
-        zip(seen, judged), start=1
-    ):
-        assert torch.equal(before, hidden[:, :-i][learn[:, i + 1 :]])
-        assert torch.equal(after, hidden[:, i:][learn[:, i + 1 :]])
-        assert position == i - 1 and weight == head.position_weights[i - 1]
-        torch.testing.assert_close(real, target.lm_head(after).softmax(-1))
-        torch.testing.assert_close(fake, guess.logits[i - 1].softmax(-1))
+    judge.__class__ = Recorder
+    game, guess = Game(target, head, judge), head(batch, OWN_STEPS)
+    for look in (game.discriminator_loss, partial(game.head_loss, adversarial=1.0), game.health):
+        seen.clear()
+        look(guess, batch)
+        assert len(seen) == (4 if kind == "medusa" else OWN_STEPS)
+        for i, (before, after, position) in enumerate(seen, start=1):
+            assert torch.equal(before, batch.hidden[:, :-i][batch.learn[:, i + 1 :]])
+            assert torch.equal(after, batch.hidden[:, i:][batch.learn[:, i + 1 :]])
+            assert position == i - 1
+
+
+@pytest.mark.parametrize("kind", ["medusa", "eagle"])
+@pytest.mark.parametrize("draft_vocab", [0, 20])
+def test_losses_by_rows_are_those_of_all_rows_at_once(kind, draft_vocab):
+    """Values and gradients of L_sup, L_adv and L_D, written down with whole tensors."""
+    target, head, judge, batch = setting(kind, draft_vocab=draft_vocab)
+    game, guess = Game(target, head, judge), head(batch, OWN_STEPS)
+    supervised = adversarial = of_judge = 0.0
+    for i, (logits, state) in enumerate(zip(guess.logits, guess.states), start=1):
+        before, after = batch.rows(batch.hidden[:, :-i], i), batch.rows(batch.hidden[:, i:], i)
+        labels = head.vocabulary.places(batch.rows(batch.tokens[:, i + 1 :], i))
+        p, q = F.linear(after, game.lm_head).softmax(-1), logits.softmax(-1)
+        judged, weight = judge(before, after, i - 1), head.position_weights[i - 1]
+        of_judge += weight * discriminator_loss(judged, p, q)
+        adversarial += weight * adversarial_loss(judged, q)
+        label = labels if kind == "medusa" else p
+        supervised += weight * head.supervised_loss(logits, label, state, after)
+    for at_once in (1, 7, 1000):
+        game.at_once = at_once
+        for loss, expected, module in (
+            (game.head_loss(guess, batch), supervised, head),
+            (game.head_loss(guess, batch, 0.0, 1.0), adversarial, head),
+            (game.discriminator_loss(guess, batch), of_judge, judge),
+        ):
+            torch.testing.assert_close(loss, expected)
+            for one, other in zip(gradients(module, loss), gradients(module, expected)):
+                torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("draft_vocab", [0, 20])
@@ -273,13 +297,13 @@ def test_the_loss_is_the_mean_over_what_is_to_be_learnt(kind, draft_vocab):
                 losses.append(-log_q[place])
             else:
                 p = target.lm_head(hidden[b, t + i])[known].softmax(-1)
-                feature = all_guesses.features[i - 1].unflatten(0, (3, -1))[b, t]
+                feature = all_guesses.states[i - 1].unflatten(0, (3, -1))[b, t]
                 close = F.smooth_l1_loss(feature, hidden[b, t + i])
                 losses.append(close - 0.1 * (p * log_q).sum())
         expected += head.position_weights[i - 1] * torch.stack(losses).mean()
         assert 3 < len(losses) < 3 * (16 - i)
-    guess, p = game.guess(batch, OWN_STEPS)
-    loss = head.supervised_loss(guess, batch, p)
+    guess = head(batch, OWN_STEPS)
+    loss = game.head_loss(guess, batch)
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
     # And other labels there change nothing, not by a bit.
     others = torch.randint(0, 40, tokens.shape), torch.randn_like(hidden)
@@ -287,16 +311,15 @@ def test_the_loss_is_the_mean_over_what_is_to_be_learnt(kind, draft_vocab):
         tokens=torch.where(learn, tokens, others[0]),
         hidden=torch.where(learn[:, 1:, None], hidden, others[1]),
     )
-    _, p = game.guess(changed, OWN_STEPS)
-    assert torch.equal(head.supervised_loss(guess, changed, p), loss)
+    assert torch.equal(game.head_loss(guess, changed), loss)
 
 
 def test_noise_is_added_in_training_only_and_to_the_input_only():
     target, head, _, batch = setting("eagle")
     before = batch.hidden.clone()
-    calm = head.eval()(batch).features[0]
-    assert torch.equal(calm, head(batch).features[0])
-    noisy = head.train()(batch).features[0]
+    calm = head.eval()(batch).states[0]
+    assert torch.equal(calm, head(batch).states[0])
+    noisy = head.train()(batch).states[0]
     assert not torch.equal(noisy, calm) and torch.equal(batch.hidden, before)
 
 
@@ -308,7 +331,7 @@ def head_training(name: str = "eagle-koala", window: int = 16, **flags):
     target, _, _, batch = setting("eagle")
     config = TrainConfig(context=window, batch_tokens=64, **flags)
     features = Features(target, batch.tokens[:, : window + 1].repeat(4, 1), 1.0, nullcontext)
-    training = HeadTraining(config, name, target, nullcontext)
+    training = HeadTraining(config, name, target, Autocast(torch.device("cpu"), torch.float32))
     training.start(features)
     return training, features
 
@@ -350,8 +373,7 @@ def test_a_draft_vocabulary_is_made_of_the_most_frequent_tokens_and_alone_is_lea
     assert counts[known].min() >= counts.sort().values[-16]
     batch = training.known(features.batch(torch.arange(4)))
     assert torch.equal(batch.learn, torch.isin(batch.tokens, known))
-    guess, p = training.game.guess(batch, 3)
-    assert all(rows.shape[-1] == 16 for rows in (*guess.logits, *p))
+    assert all(rows.shape[-1] == 16 for rows in training.head(batch, 3).logits)
     weight = training.target.lm_head.weight[known]
     assert torch.equal(training.discriminator._frozen[0], weight)  # it judges the same tokens
     before = state_of(training)

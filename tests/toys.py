@@ -139,8 +139,7 @@ def tiny_head(kind: str, layers: int, target: GPT, steps=0, num_heads=8, knows: 
         optimizer, game = torch.optim.Adam(head.parameters(), lr=1e-2), Game(target, head, None)
         for _ in range(steps):
             optimizer.zero_grad()
-            guess, p = game.guess(batch)
-            head.supervised_loss(guess, batch, p).backward()
+            game.head_loss(head(batch), batch).backward()
             optimizer.step()
     head.trained = steps > 0
     return head.eval().requires_grad_(False)
