@@ -37,13 +37,12 @@ import data
 from chat import Question, read_questions
 from cli import UserError, describe_device, fail, number_or_auto, option, parse, run
 from costs import best_size, isolated_costs, synchronized_time
-from draft_head import load_head
 from features import Features, Text, measure_acceptance, spread
 from figures import evaluate, is_loop
 from model import check_prompt, load_checkpoint
 from recipe import HEADS, text_packages
 from report import README, bench_tables, plot_bench, readme_tables
-from runs import find_run, head_path, load
+from runs import find_run, head_path, load, load_head
 from sampling import Sampler, argmax
 from speculate import generate
 from tree import plan_draft

@@ -32,8 +32,7 @@ drafting costs most. A head may know the S most frequent tokens only: its logits
 q is 0 for all others, and the text is still exactly the target's. Read next: discriminator.py.
 """
 
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -41,7 +40,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cli import UserError
-from model import GPT, Block, KVCache, Rotary, fingerprint, load_checkpoint, save_checkpoint
+from model import GPT, Block, KVCache, Rotary
 
 
 @dataclass(frozen=True)
@@ -403,35 +402,3 @@ KINDS = {"medusa": Medusa, "eagle": Eagle}
 def build_head(config: HeadConfig, target: GPT) -> Medusa | Eagle:
     """An untrained head for this target, on its device."""
     return KINDS[config.kind](config, target).to(target.embed.weight.device)
-
-
-def save_head(path: Path, head: nn.Module, target_fingerprint: str, training: dict) -> None:
-    """`training`: how it was trained and what it reached, as plain values."""
-    checkpoint = {
-        "kind": "draft head",
-        "config": asdict(head.config),
-        "target": target_fingerprint,
-        "weights": head.state_dict(),
-        "training": training,
-    }
-    save_checkpoint(path, checkpoint)
-
-
-def load_head(path: Path, target: GPT, target_fingerprint: str | None = None) -> nn.Module:
-    """The head at `path`, on the target's device and of its dtype, for decoding.
-
-    Raises UserError where it was trained for another target: it would draft nonsense.
-    """
-    checkpoint = load_checkpoint(path, "draft head")
-    if checkpoint["target"] != (target_fingerprint or fingerprint(target)):
-        raise UserError(f"{path} was trained for another target: train it anew with train.py")
-    head = build_head(HeadConfig(**checkpoint["config"]), target)
-    head.load_state_dict(checkpoint["weights"])
-    head.training_record = checkpoint["training"]
-    return head.to(target.embed.weight.dtype).eval().requires_grad_(False)
-
-
-def trained_heads(folder: Path) -> list[str]:
-    """The names of the heads in a run's folder."""
-    names = [path.name.removesuffix(".pt") for path in folder.glob("*.pt")]
-    return sorted(n for n in names if n.startswith(tuple(KINDS)) and ".progress" not in n)

@@ -1,13 +1,16 @@
 """Trained runs: a folder with a target and its draft heads, as train.py leaves it."""
 
+from dataclasses import asdict
 from pathlib import Path
+
+from torch import nn
 
 from chat import Chat
 from cli import UserError, choose_device, compile_layers
 from costs import choose_dtype
 from data import build_encoding
-from draft_head import load_head, trained_heads
-from model import load_target
+from draft_head import KINDS, HeadConfig, build_head
+from model import GPT, fingerprint, load_checkpoint, load_target, save_checkpoint
 
 
 def find_run(out_dir: str | None) -> Path:
@@ -51,3 +54,35 @@ def head_path(folder: Path, head: str) -> Path:
     if not path.is_file() and (names := trained_heads(folder)):
         raise UserError(f"there is no head at {path}; trained here: {', '.join(names)}")
     return path
+
+
+def save_head(path: Path, head: nn.Module, target_fingerprint: str, training: dict) -> None:
+    """`training`: how it was trained and what it reached, as plain values."""
+    checkpoint = {
+        "kind": "draft head",
+        "config": asdict(head.config),
+        "target": target_fingerprint,
+        "weights": head.state_dict(),
+        "training": training,
+    }
+    save_checkpoint(path, checkpoint)
+
+
+def load_head(path: Path, target: GPT, target_fingerprint: str | None = None) -> nn.Module:
+    """The head at `path`, on the target's device and of its dtype, for decoding.
+
+    Raises UserError where it was trained for another target: it would draft nonsense.
+    """
+    checkpoint = load_checkpoint(path, "draft head")
+    if checkpoint["target"] != (target_fingerprint or fingerprint(target)):
+        raise UserError(f"{path} was trained for another target: train it anew with train.py")
+    head = build_head(HeadConfig(**checkpoint["config"]), target)
+    head.load_state_dict(checkpoint["weights"])
+    head.training_record = checkpoint["training"]
+    return head.to(target.embed.weight.dtype).eval().requires_grad_(False)
+
+
+def trained_heads(folder: Path) -> list[str]:
+    """The names of the heads in a run's folder."""
+    names = [path.name.removesuffix(".pt") for path in folder.glob("*.pt")]
+    return sorted(n for n in names if n.startswith(tuple(KINDS)) and ".progress" not in n)

@@ -33,7 +33,7 @@ import data
 from budget import Budget, Seconds, step_seconds
 from chat import Chat
 from cli import UserError, bfloat16_cost, choose_device, describe_device, parse, run
-from draft_head import Batch, save_head, trained_heads
+from draft_head import Batch
 from features import Features, Text, measure_acceptance, spread
 from game import HeadTraining
 from model import load_checkpoint, load_target
@@ -48,6 +48,7 @@ from recipe import (
     text_packages,
 )
 from report import heads_table, plot_training
+from runs import save_head, trained_heads
 from selfwritten import Conversations, Written, write_until
 from stage import (
     LOG_LINES,

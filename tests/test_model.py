@@ -16,8 +16,9 @@ from toys import draft_chain, whole_batch
 
 import model
 from cli import UserError
-from draft_head import HeadConfig, Vocabulary, build_head, load_head, save_head
+from draft_head import HeadConfig, Vocabulary, build_head
 from model import GPT, GPTConfig, KVCache, fingerprint, load_checkpoint, load_target, save_target
+from runs import load_head, save_head
 from tree import plan_draft
 
 CONFIG = GPTConfig(

@@ -22,11 +22,10 @@ import speculate
 import train
 from cli import UserError
 from data import build_encoding, encode
-from draft_head import load_head
 from model import load_target
 from pretrained import DIGITS, GPT2, PACKAGED, find_source, import_target
 from recipe import HEADS as TRAINED
-from runs import load
+from runs import load, load_head
 from speculate import generate
 
 gguf = pytest.importorskip("gguf")

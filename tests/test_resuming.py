@@ -18,10 +18,10 @@ import train
 import train_target
 from budget import KINDS, TRAINING, WRITING, Budget, Seconds
 from cli import UserError
-from draft_head import load_head, trained_heads
 from features import Features, Text, measure_acceptance, spread
 from model import load_checkpoint, load_target
 from recipe import HEADS, TrainConfig
+from runs import load_head, trained_heads
 from selfwritten import Conversations
 from stage import Stage, check_same, schedule
 
