@@ -10,7 +10,6 @@ target writes more and the heads go on learning, from the old text and the new.
 """
 
 import json
-import os
 import statistics
 import time
 from collections.abc import Callable
@@ -18,7 +17,7 @@ from typing import NamedTuple
 
 import torch
 
-from cli import UserError
+from cli import UserError, write_json
 from recipe import TrainConfig
 
 WRITING, TRAINING = 0.35, 0.55  # shares of the time; the rest is for loading, measuring, tables
@@ -51,9 +50,7 @@ class Budget:
             self.save()
 
     def save(self) -> None:
-        scratch = self.path.with_suffix(".part")
-        scratch.write_text(json.dumps({"rounds": self.rounds}, indent=1) + "\n")
-        os.replace(scratch, self.path)
+        write_json(self.path, {"rounds": self.rounds})
 
     @property
     def round(self) -> int:

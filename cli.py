@@ -9,12 +9,14 @@ Whatever the user can mend is a `UserError`: `run` shows it as one line and exit
 
 import argparse
 import dataclasses
+import json
 import math
 import os
 import signal
 import sys
 import time
 import typing
+from pathlib import Path
 
 import torch
 
@@ -165,6 +167,13 @@ class Stopwatch:
         for (_, begin), (phase, end) in zip(laps, laps[1:]):
             total[phase] += begin.elapsed_time(end) / 1000 if self.cuda else end - begin
         return total
+
+
+def write_json(path: Path, value) -> None:
+    """All of it or nothing: written beside its place, and moved there when complete."""
+    scratch = path.with_suffix(".part")
+    scratch.write_text(json.dumps(value) + "\n")
+    os.replace(scratch, path)
 
 
 def run(main) -> None:

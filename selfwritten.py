@@ -24,8 +24,8 @@ The hidden state behind every token falls out of the writing, so it is kept, not
 float16, in files that are mapped into memory and may be larger than it.
 """
 
+import hashlib
 import json
-import os
 import time
 from pathlib import Path
 
@@ -34,7 +34,7 @@ import torch
 from torch import Tensor
 
 from chat import Chat
-from cli import UserError
+from cli import UserError, write_json
 from draft_head import Batch
 from sampling import sample_many
 
@@ -70,6 +70,9 @@ BEGINNINGS = (
     "Please translate this French paragraph into English:\n\n",
     "Translate this Portuguese text into English:\n\n",
 )
+# What all of this comes to: text written by other rules is not gone on with.
+RULES = hashlib.sha256(repr((TEMPERATURES, ASKING, TURN_TOKENS, FREE, BEGINNINGS)).encode())
+RULES = RULES.hexdigest()[:8]
 
 
 class Conversations:
@@ -133,9 +136,7 @@ class Conversations:
                 file.write(array)
                 file.truncate()
         self.count, self.seconds = self.count + len(tokens), self.seconds + seconds
-        scratch = self.index.with_suffix(".part")
-        scratch.write_text(json.dumps(self.about | {"count": self.count, "seconds": self.seconds}))
-        os.replace(scratch, self.index)
+        write_json(self.index, self.about | {"count": self.count, "seconds": self.seconds})
         self.map()
 
 

@@ -49,7 +49,7 @@ from recipe import (
 )
 from report import heads_table, plot_training
 from runs import save_head, trained_heads
-from selfwritten import Conversations, Written, write_until
+from selfwritten import RULES, Conversations, Written, write_until
 from stage import (
     LOG_LINES,
     Autocast,
@@ -154,6 +154,7 @@ def self_written(config: TrainConfig, target, checkpoint: dict, text, budget: Bu
         "length": config.head_window,
         "width": target.config.width,
         "seed": config.seed,
+        "rules": RULES,
     }
     written = Conversations(config.folder / "conversations", about)
     encoding = data.build_encoding(checkpoint["tokenizer"])

@@ -387,6 +387,13 @@ def test_the_same_command_by_minutes_changes_nothing(rounds, call):
     assert [path.read_bytes() for path in files if path.is_file()] == before
 
 
+def test_text_written_by_other_rules_is_not_gone_on_with(rounds, call, monkeypatch):
+    folder, argv = rounds
+    monkeypatch.setattr(train, "RULES", "older")
+    status, _, err = call(train.main, *argv, "--more")
+    assert status == 2 and "was written with rules" in err and "Traceback" not in err
+
+
 def test_more_goes_on_with_the_old_weights_and_more_text(rounds, call, monkeypatch, tmp_path):
     """At a learning rate of 0 the head stays what it was, so that is what it went on from."""
     folder, argv = rounds

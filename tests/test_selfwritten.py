@@ -295,7 +295,7 @@ def test_the_index_is_written_after_all_that_it_counts(tmp_path, monkeypatch):
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(selfwritten.os, "replace", interrupt)
+    monkeypatch.setattr("os.replace", interrupt)
     with pytest.raises(KeyboardInterrupt):
         conversations.append(*windows(2, 1), seconds=1.0)
     assert_holds(Conversations(tmp_path, ABOUT), first)
