@@ -18,7 +18,6 @@ plainly until enough of them give a text without a loop (at least half of its 4-
 Headline numbers are theirs; how many looped is counted, and some of those are measured apart.
 """
 
-import json
 import platform
 import statistics
 import subprocess
@@ -35,7 +34,16 @@ import torch
 
 import data
 from chat import Question, read_questions
-from cli import UserError, describe_device, fail, number_or_auto, option, parse, run
+from cli import (
+    UserError,
+    describe_device,
+    fail,
+    number_or_auto,
+    option,
+    parse,
+    run,
+    write_json,
+)
 from costs import best_size, isolated_costs, synchronized_time
 from features import Features, Text, measure_acceptance, spread
 from figures import evaluate, is_loop
@@ -385,7 +393,7 @@ def main() -> None:
     }
     out = folder / "bench"
     out.mkdir(exist_ok=True)
-    (out / f"{config.name}.json").write_text(json.dumps(result) + "\n")
+    write_json(out / f"{config.name}.json", result)
     (out / f"{config.name}.md").write_text(bench_tables(result) + "\n")
     plot_bench(result, out / f"{config.name}.png")
     print(f"\n{bench_tables(result)}\n\nwritten: {out}/{config.name}.json, .md and .png")

@@ -172,7 +172,10 @@ class Stopwatch:
 def write_json(path: Path, value) -> None:
     """All of it or nothing: written beside its place, and moved there when complete."""
     scratch = path.with_suffix(".part")
-    scratch.write_text(json.dumps(value) + "\n")
+    with open(scratch, "w") as file:
+        file.write(json.dumps(value) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(scratch, path)
 
 

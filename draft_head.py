@@ -115,7 +115,8 @@ class Batch(NamedTuple):
 
 
 class Guess(NamedTuple):
-    """What a head says of a batch, for draft positions i = 1..P, short of the map to logits.
+    """What a head says of a batch, for draft positions i = 1..P: its states, and the maps from
+    these to logits, which are still to be applied.
 
     A guess at position i is made at a state t, of token x_{t+1+i}, and is to be compared with the
     target's own p there, that of state t + i. `Batch.rows` tells which N there are.
@@ -137,7 +138,7 @@ class MedusaState:
     """What Medusa has to remember: the target's last hidden state (B, D), and where a draft is."""
 
     hidden: Tensor
-    logits: Tensor  # (H, B, V): what all heads guess from it
+    logits: Tensor  # (H, B, S): what all heads guess from it
     depth: int
 
 
@@ -303,7 +304,9 @@ class Eagle(nn.Module):
         if torch.is_autocast_enabled(weight.device.type):
             dtype = torch.get_autocast_dtype(weight.device.type)
         if self._lm_rows is None or self._lm_rows.dtype != dtype:
-            self._lm_rows = self.vocabulary.rows(weight).to(dtype)  # a copy, made once
+            # Kept until the dtype changes. Made while decoding, it may serve training later.
+            with torch.inference_mode(False):
+                self._lm_rows = self.vocabulary.rows(weight).to(dtype)
         return self._lm_rows
 
     def logits(self, states: Tensor) -> Tensor:

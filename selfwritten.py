@@ -71,8 +71,8 @@ BEGINNINGS = (
     "Translate this Portuguese text into English:\n\n",
 )
 # What all of this comes to: text written by other rules is not gone on with.
-RULES = hashlib.sha256(repr((TEMPERATURES, ASKING, TURN_TOKENS, FREE, BEGINNINGS)).encode())
-RULES = RULES.hexdigest()[:8]
+RULES = repr((TEMPERATURES, ASKING, TURN_TOKENS, FREE, BEGINNINGS))
+RULES = hashlib.sha256(RULES.encode()).hexdigest()[:8]
 
 
 class Conversations:

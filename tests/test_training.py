@@ -169,8 +169,8 @@ def test_lambda_0_is_supervised_training(kind):
     game = Game(target, head, judge)
     guess = head(batch, OWN_STEPS)
     supervised, adversarial = game.head_loss(guess, batch), game.head_loss(guess, batch, 0.0, 1.0)
-    alone = gradients(head, game.head_loss(guess, batch, 1.0, 0.0))
-    assert all(torch.equal(a, b) for a, b in zip(gradients(head, supervised), alone))
+    alone, without = gradients(head, supervised), gradients(head, supervised + 0.0 * adversarial)
+    assert all(torch.equal(a, b) for a, b in zip(alone, without))
     assert any(g.abs().max() > 1e-4 for g in gradients(head, adversarial))  # it would matter
     both = gradients(head, game.head_loss(guess, batch, 1.0, 0.3))
     for one, other in zip(both, gradients(head, supervised + 0.3 * adversarial)):
@@ -274,6 +274,33 @@ def test_losses_by_rows_are_those_of_all_rows_at_once(kind, draft_vocab):
             torch.testing.assert_close(loss, expected)
             for one, other in zip(gradients(module, loss), gradients(module, expected)):
                 torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["medusa", "eagle"])
+def test_in_bfloat16_the_losses_teach_the_same(kind):
+    target, head, judge, batch = setting(kind, draft_vocab=20)
+
+    def taught(dtype) -> tuple[list, list]:
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            game, guess = Game(target, head, judge, dtype), head(batch, OWN_STEPS)
+            losses = game.head_loss(guess, batch, 1.0, 0.3), game.discriminator_loss(guess, batch)
+        return gradients(head, losses[0]), gradients(judge, losses[1])
+
+    for exact, low in zip(taught(torch.float32), taught(torch.bfloat16)):
+        assert all(one.dtype == torch.float32 for one in low)
+        exact, low = torch.cat([g.flatten() for g in exact]), torch.cat([g.flatten() for g in low])
+        assert (exact - low).norm() < 0.03 * exact.norm()
+
+
+def test_a_head_that_has_decoded_can_be_trained():
+    target, head, _, batch = setting("eagle", draft_vocab=20)
+    with torch.inference_mode():
+        state = head.start(8)
+        head.absorb(state, batch.tokens[:1, 1:3], batch.hidden[:1, :2])
+        head.expand(state)
+    assert (
+        gradients(head, Game(target, head, None).head_loss(head(batch), batch))[0].abs().max() > 0
+    )
 
 
 @pytest.mark.parametrize("draft_vocab", [0, 20])
