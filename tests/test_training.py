@@ -264,8 +264,8 @@ def test_losses_by_rows_are_those_of_all_rows_at_once(kind, draft_vocab):
         adversarial += weight * adversarial_loss(judged, q)
         label = labels if kind == "medusa" else p
         supervised += weight * head.supervised_loss(logits, label, state, after)
-    for at_once in (1, 7, 1000):
-        game.at_once = at_once
+    for piece in (1, 7, 1000):
+        game.piece = piece
         for loss, expected, module in (
             (game.head_loss(guess, batch), supervised, head),
             (game.head_loss(guess, batch, 0.0, 1.0), adversarial, head),
