@@ -22,7 +22,6 @@ import platform
 import statistics
 import subprocess
 import sys
-from collections import Counter
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from datetime import date
@@ -32,22 +31,13 @@ from typing import NamedTuple
 
 import torch
 
-import data
-from chat import Question, read_questions
-from cli import (
-    UserError,
-    describe_device,
-    fail,
-    number_or_auto,
-    option,
-    parse,
-    run,
-    write_json,
-)
+from chat import Question
+from cli import UserError, describe_device, fail, number_or_auto, option, parse, run, write_json
 from costs import best_size, isolated_costs, synchronized_time
 from features import Features, Text, measure_acceptance, spread
 from figures import evaluate, is_loop
 from model import check_prompt, load_checkpoint
+from prompts import check_prompts, load_prompts
 from recipe import HEADS, text_packages
 from report import README, bench_tables, plot_bench, readme_tables
 from runs import find_run, head_path, load, load_head
@@ -55,9 +45,6 @@ from sampling import Sampler, argmax
 from speculate import generate
 from tree import plan_draft
 
-QUESTIONS = Path(__file__).with_name("prompts.jsonl")  # for chat models; none is ever trained on
-PROMPT_TOKENS = 64
-CANDIDATES = 1500  # prompts to look for, in all tasks together
 WARM_UP = 2  # prompts decoded before anything is timed
 # The largest gap between the target's two best logits at which two outputs may part: rounding.
 NEAR_TIE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 0.25}
@@ -254,64 +241,6 @@ def measure(config: BenchConfig, target, ready: dict, prompts: list) -> tuple[li
             if ours != plain:
                 row["methods"][name]["differs"] = first_difference(target, prompt, ours, plain)
     return samples, seconds
-
-
-def in_turn(questions: list[Question]) -> list[Question]:
-    """The first of each category, then the second of each, ..: so that a part is of all kinds."""
-    seen, places = Counter(), []
-    for question in questions:
-        seen[question.category] += 1
-        places.append(seen[question.category])
-    return [q for _, q in sorted(zip(places, questions), key=lambda pair: pair[0])]
-
-
-def load_prompts(config: BenchConfig, target, text: Text | None, encoding) -> list:
-    """Candidates, (task, tokens) or questions: --prompts_file, or what is kept for testing.
-
-    For a chat model these are the questions of prompts.jsonl, for others passages of the test text.
-    """
-    chat = target.chat
-    if config.prompts_file is None and chat is None:
-        if config.split != "test":
-            raise UserError("--split valid: there are prompts for validation for chat models only")
-        found, left_out = data.prompts(text.documents["test"], encoding, CANDIDATES, PROMPT_TOKENS)
-        if left_out:
-            print(f"left out for want of prompts: {', '.join(left_out)}")
-    else:
-        path = Path(config.prompts_file or QUESTIONS)
-        try:
-            if path.suffix == ".jsonl":
-                found = read_questions(path)
-            else:
-                lines = path.read_text("utf-8").splitlines()
-                found = [Question("file", [line]) for line in lines if line.strip()]
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"--prompts_file {path}: {error}") from error
-        if config.prompts_file is None:
-            found = in_turn([question for question in found if question.split == config.split])
-        if chat is None:
-            found = [(q.category, data.encode(encoding, q.turns[0])) for q in found]
-    if not found:
-        raise UserError("there is no prompt to measure with: give more text, or --prompts_file")
-    return found
-
-
-def check_prompts(config: BenchConfig, target, depth: int, prompts: list) -> list[int]:
-    """How many tokens each prompt leaves room for. Raises UserError before any time is spent."""
-    rooms = []
-    for candidate in prompts:
-        if isinstance(candidate, Question):
-            prompt = target.chat.prompt(candidate.turns[:1])
-        else:
-            prompt = candidate[1]
-        check_prompt(target.config, prompt)
-        rooms.append(min(config.max_new_tokens, target.config.context - len(prompt)))
-        if rooms[-1] < depth + 2:
-            raise UserError(
-                f"{rooms[-1]} new tokens leave no whole cycle of a draft {depth} deep: at least "
-                f"{depth + 2} are needed for each prompt"
-            )
-    return rooms
 
 
 def test_text(trained: dict) -> Text | None:

@@ -16,6 +16,7 @@ import signal
 import sys
 import time
 import typing
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -169,14 +170,32 @@ class Stopwatch:
         return total
 
 
+@contextmanager
+def written_whole(path: Path):
+    """`with written_whole(path) as file: ...` writes bytes to `path`, all of them or none.
+
+    They are written beside their place and moved there when complete: neither a full disk nor an
+    interrupt can leave half a file, or take away the previous one. Raises UserError if they cannot
+    be written.
+    """
+    scratch = path.with_name(path.name + ".part")
+    try:
+        with open(scratch, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(scratch, path)
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+        raise UserError(
+            f"cannot write {path} (is the disk full?): {error}; nothing was changed there"
+        ) from error
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
 def write_json(path: Path, value) -> None:
-    """All of it or nothing: written beside its place, and moved there when complete."""
-    scratch = path.with_suffix(".part")
-    with open(scratch, "w") as file:
-        file.write(json.dumps(value) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(scratch, path)
+    with written_whole(path) as file:
+        file.write(json.dumps(value).encode() + b"\n")
 
 
 def run(main) -> None:

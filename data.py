@@ -13,12 +13,9 @@ number look better than it is, so `overlap` measures how much of the test part d
 again and again, turn the most frequent pair of neighbours into a new token. `learn_merges` is the
 whole of it. The result is wrapped as a `tiktoken.Encoding`, which does all encoding and decoding.
 
-**Tasks.** Acceptance depends on what is written, so results are given per task, as Spec-Bench
-(2401.07851) does: `code` (function bodies), `docstring` (prose inside code), `docs` (reference
-prose). Read next: model.py.
+Read next: model.py.
 """
 
-import ast
 import hashlib
 import importlib.util
 import re
@@ -40,7 +37,6 @@ END_OF_TEXT = "<|endoftext|>"
 # character, so that nothing is ever dropped. Python's re and tiktoken's engine both read it.
 PIECES = r"\n+[ \t]*| ?_*[^\W\d_]+| ?\d{1,3}| ?[^\s\w]+|_+|[^\S\n]+|[\s\S]"
 SPLITS = ("train", "valid", "test")
-MIN_PROMPTS = 5  # a task with fewer prompts says nothing, and is left out
 # Mixed into the hash that splits: modules differ so much in size that most salts miss 90/5/5 by
 # far. This one was picked on Python 3.11 for its shares of bytes, before any model was trained.
 SALT = "koala 871 "
@@ -309,65 +305,3 @@ def overlap(train: torch.Tensor, test: torch.Tensor, n: int = 32) -> float:
         return total
 
     return float(np.isin(hashes(test), hashes(train)).mean())
-
-
-# -------------------------------------------------------------------------------------- prompts
-
-
-def passages(document: Document) -> list[tuple[str, str]]:
-    """The (task, text) pieces of a document that a prompt can be cut from."""
-    if document.task:  # prose: from the first paragraph on, then from others well apart
-        starts = [0]
-        for match in re.finditer(r"\n\n(?=\S)", document.text):
-            if match.end() >= starts[-1] + 1000:
-                starts.append(match.end())
-        return [(document.task, document.text[start : start + 1000]) for start in starts]
-    try:
-        tree = ast.parse(document.text)
-    except (SyntaxError, ValueError):
-        return []
-    lines, found = re.split(r"(?<=\n)", document.text), []
-    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    for node in ast.walk(tree):
-        prose = ast.get_docstring(node) if isinstance(node, documented) else None
-        if prose:
-            found.append(("docstring", prose))
-        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
-            body = node.body[1:] if prose else node.body
-            if body:
-                found.append(("code", "".join(lines[body[0].lineno - 1 : node.end_lineno])))
-    return found
-
-
-def prompts(
-    documents: list[Document], encoding: tiktoken.Encoding, count: int, length: int = 64
-) -> tuple[list[tuple[str, list[int]]], list[str]]:
-    """About `count` prompts of `length` tokens, shared out evenly between the tasks.
-
-    Returns ([(task, tokens), ...], the tasks left out for want of prompts). The tasks take
-    turns. Which passages are taken is decided by a hash of their text: fixed, yet spread widely.
-    """
-    found = defaultdict(dict)
-    for document in documents:
-        for task, text in passages(document):
-            if len(text) >= length:  # a token is at least one byte
-                order = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
-                found[task][order] = text
-    shares, left_out = [], []
-    for task in sorted(found):
-        share = -(-count // len(found))  # rounded up
-        taken = []
-        for order in sorted(found[task]):
-            tokens = encode(encoding, found[task][order])[:length]
-            if len(tokens) == length:
-                taken.append((task, tokens))
-            if len(taken) == share:
-                break
-        if len(taken) < min(MIN_PROMPTS, share):
-            left_out.append(task)
-        else:
-            shares.append(taken)
-    in_turn = [
-        row[i] for i in range(max(map(len, shares), default=0)) for row in shares if i < len(row)
-    ]
-    return in_turn, left_out

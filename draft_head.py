@@ -298,15 +298,13 @@ class Eagle(nn.Module):
     def lm_head(self) -> Tensor:
         """The rows (S, D) of the target's LM head for the tokens that this one can guess.
 
-        Gradients pass through it, and not into it. In the dtype that is computed in.
+        Gradients pass through it, and not into it.
         """
-        weight, dtype = self.target.lm_head.weight.detach(), self.target.lm_head.weight.dtype
-        if torch.is_autocast_enabled(weight.device.type):
-            dtype = torch.get_autocast_dtype(weight.device.type)
-        if self._lm_rows is None or self._lm_rows.dtype != dtype:
+        weight = self.target.lm_head.weight.detach()
+        if self._lm_rows is None or self._lm_rows.dtype != weight.dtype:
             # Kept until the dtype changes. Made while decoding, it may serve training later.
             with torch.inference_mode(False):
-                self._lm_rows = self.vocabulary.rows(weight).to(dtype)
+                self._lm_rows = self.vocabulary.rows(weight)
         return self._lm_rows
 
     def logits(self, states: Tensor) -> Tensor:

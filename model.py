@@ -17,7 +17,6 @@ dropout: a run of this size reads its text a few times only. Read next: draft_he
 
 import hashlib
 import math
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -25,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cli import UserError
+from cli import UserError, written_whole
 
 
 @dataclass(frozen=True)
@@ -260,26 +259,11 @@ def fingerprint(target: GPT) -> str:
 
 
 def save_checkpoint(path: Path, checkpoint: dict) -> None:
-    """Write a dictionary of tensors and plain values, all of it or nothing.
-
-    It is written beside its place and moved there when complete: neither a full disk nor an
-    interrupt can leave half a file, or take away the previous one.
-    """
+    """Write a dictionary of tensors and plain values, all of it or nothing."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(path.name + ".part")
-    try:
-        with open(scratch, "wb") as file:
-            torch.save(checkpoint, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(scratch, path)
-    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
-        raise UserError(
-            f"cannot write {path} (is the disk full?): {error}; nothing was changed there"
-        ) from error
-    finally:
-        scratch.unlink(missing_ok=True)
+    with written_whole(path) as file:
+        torch.save(checkpoint, file)
 
 
 def load_checkpoint(path: Path, kind: str) -> dict:

@@ -10,7 +10,7 @@ from collections import Counter
 import pytest
 from toys import FORM, SPECIAL, chat_tokenizer
 
-import bench
+import prompts
 from chat import Chat, read_questions
 from cli import UserError
 from data import build_encoding, encode
@@ -144,7 +144,7 @@ def test_a_line_that_is_no_question_is_refused_by_its_number(tmp_path, line):
 
 
 def test_our_questions_are_sixty_of_six_kinds_half_of_them_for_validation():
-    questions = read_questions(bench.QUESTIONS)
+    questions = read_questions(prompts.QUESTIONS)
     assert len(questions) == 60
     assert len({q.category for q in questions}) == 6
     assert Counter((q.category, q.split) for q in questions) == {

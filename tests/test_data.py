@@ -14,6 +14,7 @@ import torch
 import data
 from cli import UserError
 from data import Document
+from prompts import from_documents, passages
 
 TEXT = (
     "def reload(self, path):\n    value_1 = read(path)  # read it, then read it again\n"
@@ -186,7 +187,7 @@ def test_the_standard_library_is_text_without_tests(library):
 def test_held_out_standard_library_gives_prompts_of_all_three_tasks(library):
     encoding = data.build_encoding({"name": "bpe", "pattern": data.PIECES, "tokens": BYTES})
     for split in ("valid", "test"):
-        chosen, left_out = data.prompts(library[split], encoding, 30)
+        chosen, left_out = from_documents(library[split], encoding, 30)
         assert Counter(task for task, _ in chosen) == {"code": 10, "docs": 10, "docstring": 10}
         assert not left_out
 
@@ -276,8 +277,8 @@ def test_overlap_is_the_share_of_repeated_text():
 
 def test_prompts_have_the_exact_length_and_are_the_same_every_time(encoding, text_folder):
     documents = data.load_documents([str(text_folder)])["valid"]
-    first, left_out = data.prompts(documents, encoding, 7, length=16)
-    again, _ = data.prompts(list(reversed(documents)), encoding, 7, length=16)
+    first, left_out = from_documents(documents, encoding, 7, length=16)
+    again, _ = from_documents(list(reversed(documents)), encoding, 7, length=16)
     assert first == again and not left_out
     assert all(len(tokens) == 16 for _, tokens in first)
     assert Counter(task for task, _ in first) == {"fables": 4, "letters": 4}  # 7, rounded up
@@ -286,7 +287,7 @@ def test_prompts_have_the_exact_length_and_are_the_same_every_time(encoding, tex
 def test_a_task_with_too_few_prompts_is_reported(encoding):
     many = [Document(f"m{i}", f"m{i}", f"{i} " + TEXT, "many") for i in range(20)]
     few = [Document("f", "f", "a few words that are just about long enough", "few")]
-    chosen, left_out = data.prompts(many + few, encoding, 20, length=16)
+    chosen, left_out = from_documents(many + few, encoding, 20, length=16)
     assert left_out == ["few"] and {task for task, _ in chosen} == {"many"}
 
 
@@ -305,16 +306,16 @@ class C:
 
 
 def test_passages_of_python_are_bodies_and_docstrings():
-    found = data.passages(Document("m.py", "m", PYTHON))
+    found = passages(Document("m.py", "m", PYTHON))
     assert [text for task, text in found if task == "docstring"] == [
         "About the module.",
         "About f.",
     ]
     code = [text for task, text in found if task == "code"]
     assert code == ["    return x\n", "        return 2\n"]  # a form feed ends no line of Python
-    assert data.passages(Document("m.py", "m", "def broken(:")) == []
+    assert passages(Document("m.py", "m", "def broken(:")) == []
 
 
 def test_a_docstring_with_a_lone_surrogate_is_no_obstacle(encoding):
     document = Document("m.py", "m", 'def f():\n    """%s \\ud800"""\n' % ("words " * 20))
-    data.prompts([document], encoding, 4, length=16)
+    from_documents([document], encoding, 4, length=16)

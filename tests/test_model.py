@@ -14,6 +14,7 @@ import torch
 from torch.nn import functional as F
 from toys import draft_chain, whole_batch
 
+import cli
 import model
 from cli import UserError
 from draft_head import HeadConfig, Vocabulary, build_head
@@ -186,7 +187,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(saved, monkeypatch,
             args[1].write(b"half of it")
         raise error
 
-    monkeypatch.setattr(model.torch if at == "save" else model.os, at, fail)
+    monkeypatch.setattr(model.torch if at == "save" else cli.os, at, fail)
     with pytest.raises(UserError, match="cannot write.*disk full"):
         save_target(saved, new_target(seed=1), {}, {})
     assert saved.read_bytes() == before
