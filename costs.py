@@ -245,13 +245,14 @@ def fastest(head, sizes: list, passes: dict, drafts: dict, temperature: float = 
 def best_size(target, head, gamma: int | str, nodes: int | str, temperature=0.0) -> Size:
     """The size of draft that promises the highest speed here; "auto" is what is to be chosen.
 
-    Raises UserError for what cannot be drafted, or without the record that tau is reckoned from.
+    Where the nodes are, a gamma that is given is the most. Raises UserError for what cannot be
+    drafted, or without the record that tau is reckoned from.
     """
     for given in ((1 if gamma == "auto" else gamma, 0), (1, 0 if nodes == "auto" else nodes)):
         plan_draft(head, *given, target)  # refuses what cannot be drafted
     deepest = min(head.max_draft or max(CHAINS), target.config.context - 4)
-    gammas = [g for g in CHAINS if g <= deepest] if gamma == "auto" else [gamma]
-    gammas = sorted({min(g, target.config.context - 4) for g in gammas})
+    most = deepest if gamma == "auto" else min(gamma, target.config.context - 4)
+    gammas = [g for g in CHAINS if g <= most] if "auto" in (gamma, nodes) else [most]
     numbers = [0, *TREES] if nodes == "auto" else [nodes]
     # A tree has to be able to reach its depth, and to hold its nodes within it.
     fits = [(g, n) for g in gammas for n in numbers if g <= n <= WIDTH * (1 + WIDTH * (g - 1))]

@@ -17,6 +17,7 @@ from cli import UserError
 from discriminator import acceptance
 from draft_head import Batch
 from model import GPT
+from sampling import argmax
 
 DRAFT_POSITIONS = 4  # how far into a draft the held-out acceptance is measured
 RANKS = 16  # how many of a head's guesses at each position are counted
@@ -138,7 +139,7 @@ def measure_acceptance(
             p = target.lm_head(hidden[use, here]).float().softmax(-1)  # (B', V)
             q = logits[use, 0].float().softmax(-1)  # (B', S)
             guesses = head.vocabulary.names(q.topk(ranks.shape[1]).indices)  # (B', RANKS)
-            ranks[i] += (guesses == p.argmax(-1, keepdim=True)).sum(0).cpu()
+            ranks[i] += (guesses == argmax(p)[:, None]).sum(0).cpu()
             mass[i] += p.gather(-1, guesses).sum(0).cpu()
             alpha[i] += acceptance(head.vocabulary.rows(p.T).T, q).sum().item()
     if drafts == 0:

@@ -57,12 +57,12 @@ PRETRAINED = dict(
     context=2048,
     window=384,
     head_data="self",
-    draft_vocab=8192,
+    draft_vocab=4096,
     own_steps=3,
     own_from=0.85,
     supervised_share=0.85,
     batch_tokens=3072,
-    discriminator_steps=50,
+    discriminator_steps=100,
     minutes=90.0,
 )
 

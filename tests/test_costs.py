@@ -71,7 +71,8 @@ def test_a_size_is_chosen_that_can_be_drafted(kind, gamma, nodes, monkeypatch):
     head.training_record = Recorded([[0.5, 0.3, 0.1]] * 4).training_record
     size = best_size(target, head, gamma, nodes)
     plan_draft(head, size.gamma, size.nodes, target)
-    assert gamma in ("auto", size.gamma) and nodes in ("auto", size.nodes)
+    assert gamma == "auto" or size.gamma <= gamma
+    assert nodes in ("auto", size.nodes)
     assert size.c_verify > 0 and size.c_draft > 0 and f"{size.speedup:.2f}x" in str(size)
 
 
