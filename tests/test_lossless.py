@@ -32,10 +32,10 @@ from toys import (
 )
 
 from cli import UserError
-from draft_head import Vocabulary
 from show import Printer, harmless, trace_lines
 from speculate import Cycle, generate
 from tree import Draft, GrowingTree, chain, fixed_tree
+from vocabulary import Vocabulary
 
 PROMPT_LENGTHS = (1, 2, 7, 22, 23)  # of a context of 24
 GAMMAS = (1, 2, 4, 8)

@@ -17,10 +17,11 @@ from toys import draft_chain, whole_batch
 import cli
 import model
 from cli import UserError
-from draft_head import HeadConfig, Vocabulary, build_head
+from draft_head import HeadConfig, build_head
 from model import GPT, GPTConfig, KVCache, fingerprint, load_checkpoint, load_target, save_target
 from runs import load_head, save_head
 from tree import plan_draft
+from vocabulary import Vocabulary
 
 CONFIG = GPTConfig(
     vocab_size=50, context=24, num_layers=2, width=24, num_heads=4, num_kv_heads=2, mlp_width=40

@@ -23,7 +23,8 @@ import train
 from cli import UserError
 from data import build_encoding, encode
 from model import load_target
-from pretrained import DIGITS, GPT2, PACKAGED, find_source, import_target
+from pretrained import PACKAGED, find_source, import_target
+from pretrained_bpe import DIGITS, GPT2
 from recipe import HEADS as TRAINED
 from runs import load, load_head
 from speculate import generate

@@ -10,12 +10,13 @@ from types import SimpleNamespace
 import torch
 import torch.nn.functional as F
 
-from draft_head import Batch, HeadConfig, Vocabulary, build_head
+from draft_head import Batch, HeadConfig, build_head
 from game import Game
 from model import GPT, GPTConfig
-from pretrained import DIGITS
+from pretrained_bpe import DIGITS
 from sampling import distribution
 from speculate import acceptance_probability, residual
+from vocabulary import Vocabulary
 
 # A correct program fails a chi-square test at this level once in a billion runs.
 FALSE_ALARM = 1e-9
