@@ -89,7 +89,7 @@ class Budget:
 
 
 def step_seconds(training, train, evaluate: Callable) -> Seconds:
-    """What a `game.HeadTraining` costs here, by a few steps of each sort; it is of no use after.
+    """What a `HeadTraining` costs here, by a few steps of each sort; it is of no use after.
 
     `evaluate(head)` is what is done now and then beside the steps.
     """

@@ -17,7 +17,9 @@ sampled tokens, no policy gradient, no Gumbel trick. The gradient reaches the he
 L_D* = 2 ln 2 - 2 JS(p, q), and D guesses right with probability 1 - alpha / 2, where
 alpha = sum_x min(p, q) is the rate at which a sampled draft is accepted. So a loss near 2 ln 2 =
 1.386 does not mean that D is dead: p and q may be close. `share_found` tells the two apart:
-(2 ln 2 - L_D) / (2 JS), which is 0 for a D that knows nothing and 1 for the best.
+(2 ln 2 - L_D) / (2 JS), which is 0 for a D that knows nothing and 1 for the best. And `cosine` is
+that of the angle between the way L_adv sends the head's logits and the way that raises alpha: where
+it is near 0, the game cannot help, however clever D is.
 
 **What it teaches.** At D = D* the gradient of L_adv is that of 2 KL(m || p), m = (p + q) / 2. The
 game thus has a closed form, `exact_logits`: one line, and the control that a learnt D has to beat
@@ -101,12 +103,20 @@ def jensen_shannon(p: Tensor, q: Tensor) -> Tensor:
     return torch.where(m > 0, halves, 0.0).sum(-1) / 2
 
 
+def centred(score: Tensor, q: Tensor) -> Tensor:
+    """score (.., S) less its mean under q: times q, the gradient of that mean by q's logits."""
+    return score - (q * score).sum(-1, keepdim=True)
+
+
 def health(logits: Tensor, p: Tensor, q: Tensor) -> dict[str, float]:
     """How D is doing on a batch: see the file's docstring for what to expect of each."""
     loss = discriminator_loss(logits, p, q).item()
     js = jensen_shannon(p, q).mean().item()
     right = (p * (logits > 0)).sum(-1) + (q * (logits <= 0)).sum(-1)  # of one real, one fake token
+    wanted = q * centred((q < p).to(q.dtype), q)  # d alpha / d z of the head's logits z
+    taught = q * centred(F.logsigmoid(logits), q)  # - d L_adv / d z
     return {
+        "cosine": F.cosine_similarity(taught, wanted, dim=-1).mean().item(),
         "d_loss": loss,
         "share_found": (2 * math.log(2) - loss) / (2 * js) if js > 0 else 0.0,
         "d_accuracy": right.mean().item() / 2,

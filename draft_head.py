@@ -31,7 +31,7 @@ A head may know the S most frequent tokens only: its logits are then (.., S) in 
 vocabulary.py. Read next: discriminator.py.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -51,12 +51,15 @@ class HeadConfig:
     layers: int = 1  # K
     num_heads: int = 4  # Medusa: the positions it can guess. EAGLE can go on as long as it likes
     draft_vocab: int = 0  # S, the tokens it can guess; 0: all of the target's
+    mlp_width: int = 0  # of EAGLE's layers; 0: that of the target's
 
     def __post_init__(self):
         if self.kind not in KINDS:
             raise UserError(f"unknown kind of draft head {self.kind!r}: medusa or eagle")
         if self.layers < 1 or self.num_heads < 1:
             raise UserError("a draft head has at least one layer and one position")
+        if self.kind == "medusa" and self.mlp_width:
+            raise UserError("a layer of Medusa has no MLP whose width could be chosen")
 
 
 class Batch(NamedTuple):
@@ -147,9 +150,12 @@ class Medusa(nn.Module):
             states.append(u)
         return Guess(states, [out.T for out in self.out])
 
-    def supervised_loss(self, logits: Tensor, tokens: Tensor, state, true) -> Tensor:
-        """CE(head_i, x_{t+1+i}) of logits (N, S) and the places of the tokens (N,)."""
-        return F.cross_entropy(logits, tokens)
+    def supervised_loss(self, logits, label, state, true, fit=F.cross_entropy, feature_weight=1.0):
+        """CE(head_i, x_{t+1+i}) of logits (N, S) and the places of the tokens (N,).
+
+        `fit`: another loss in the place of CE, with p (N, S) in that of the tokens.
+        """
+        return fit(logits, label)
 
     def prepare(self, target: GPT, batch: Batch) -> None:
         """Nothing to solve: a Medusa head starts from zeros and the target's LM head."""
@@ -230,7 +236,8 @@ class Eagle(nn.Module):
         self.vocabulary, self._lm_rows = Vocabulary(config.draft_vocab, target), None
         self.rotary = Rotary(target.config)
         self.combine = nn.Linear(2 * target.config.width, target.config.width)
-        self.blocks = nn.ModuleList(Block(target.config) for _ in range(config.layers))
+        shape = replace(target.config, mlp_width=config.mlp_width or target.config.mlp_width)
+        self.blocks = nn.ModuleList(Block(shape) for _ in range(config.layers))
         for block in self.blocks:  # each layer starts as the identity: see `prepare`
             nn.init.normal_(block.qkv.weight, std=0.02)
             nn.init.normal_(block.gate_up.weight, std=0.02)
@@ -293,12 +300,13 @@ class Eagle(nn.Module):
             mask = Rollout.mask(length, own + 1, states.device)
         return Guess(guesses, [self.lm_head()] * own_steps)
 
-    def supervised_loss(self, logits: Tensor, p: Tensor, state: Tensor, true: Tensor) -> Tensor:
+    def supervised_loss(self, logits, p, state, true, fit=F.cross_entropy, feature_weight=1.0):
         """SmoothL1(h', h) + 0.1 CE(p, q): EAGLE, section 3.2.
 
-        logits and p (N, S), the guessed states and the true ones (N, D).
+        logits and p (N, S), the guessed states and the true ones (N, D). `fit`: another loss in the
+        place of CE. `feature_weight`: of SmoothL1; EAGLE-3 does without.
         """
-        return F.smooth_l1_loss(state.float(), true) + 0.1 * F.cross_entropy(logits, p)
+        return feature_weight * F.smooth_l1_loss(state.float(), true) + 0.1 * fit(logits, p)
 
     @torch.no_grad()
     def prepare(self, target: GPT, batch: Batch) -> None:

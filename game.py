@@ -1,26 +1,31 @@
-"""The game: both losses of one batch, the head's and the discriminator's, and one step of either.
+"""The game: both losses of one batch, the head's and the discriminator's.
 
     D     one step on L_D                              the head held fixed
     head  one step on L_G = L_sup + lambda * L_adv     D held fixed
 
 L_D and L_adv are in discriminator.py, L_sup in draft_head.py, each for one draft position; here they
-are summed over the positions, whose weights fall. When which step is made, for how long, and what
-is kept in the end, is in train.py. In shapes, N is the number of rows: the places of a batch where
-one draft position is to be learnt. S is the number of tokens that the head can guess.
+are summed over the positions, whose weights fall. (A judge that sees several positions at once is
+in window.py.) One step of either is in head_training.py; when which step is made is in train.py.
+In shapes, N is the number of rows: the places of a batch where one draft position is to be learnt.
+S is the number of tokens that the head can guess.
 """
 
-import math
 from collections.abc import Callable
 from functools import partial
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from discriminator import Discriminator, adversarial_loss, discriminator_loss, exact_logits, health
-from draft_head import Batch, Guess, HeadConfig, build_head
-from features import spread
-from recipe import TrainConfig
+from discriminator import (
+    Discriminator,
+    acceptance,
+    adversarial_loss,
+    discriminator_loss,
+    exact_logits,
+    health,
+)
+from draft_head import Batch, Guess
 
 
 class ByRows(torch.autograd.Function):
@@ -69,15 +74,41 @@ class ByRows(torch.autograd.Function):
         return None, None, None, *(g if g is None else g * scale for g in ctx.saved_tensors)
 
 
+def lk_loss(logits: Tensor, p: Tensor) -> Tensor:
+    """w KL(p || q) + (1 - w) (1 - alpha), the mean over rows; logits and p (N, S).
+
+    1 - alpha, the rate of rejection, is what one would lower, but a head that is still far off
+    learns nothing from it: so w = exp(-3 alpha), each row's own and held fixed, leads from one to
+    the other (LK losses, 2602.23881, the hybrid one).
+    """
+    log_q = logits.log_softmax(-1)
+    alpha = acceptance(p, log_q.exp())  # (N,)
+    divergence = F.kl_div(log_q, p, reduction="none").sum(-1)
+    w = (-3 * alpha.detach()).exp()
+    return (w * divergence + (1 - w) * (1 - alpha)).mean()
+
+
 class Game:
     """Both losses of one batch: the head's and the discriminator's."""
 
-    def __init__(self, target, head, discriminator: Discriminator | None, dtype=None):
+    def __init__(
+        self,
+        target,
+        head,
+        discriminator: Discriminator | None,
+        dtype=None,
+        lk=False,
+        feature_weight=1.0,
+    ):
         """`discriminator=None`: L_adv takes the best one instead, D* = p / (p + q).
 
         `dtype`: of the products with the LM head, that of autocast; None: as the weights are.
+        `lk`: `lk_loss` in L_sup, in the place of cross entropy. `feature_weight`: of EAGLE's other
+        part of L_sup.
         """
         self.head, self.discriminator = head, discriminator
+        self.label_is_law = lk or head.learns_law
+        self.fit = {"fit": lk_loss if lk else F.cross_entropy, "feature_weight": feature_weight}
         self.lm_head = head.vocabulary.rows(target.lm_head.weight.detach()).to(dtype)  # (S, width)
         logits = 2**21 if self.lm_head.device.type == "cpu" else 2**27  # 8 MB of float32, or 512
         self.piece = max(32, logits // len(self.lm_head))  # rows that are computed at once
@@ -125,9 +156,9 @@ class Game:
     def head_loss_at(self, index, supervised, adversarial, state, before, after, token, to_logits):
         """supervised * L_sup + adversarial * L_adv of one draft position, for some of its rows."""
         logits = F.linear(state, to_logits).float()  # (N, S)
-        p = self.law(after) if self.head.learns_law or adversarial else None
-        label = p if self.head.learns_law else token
-        loss = supervised * self.head.supervised_loss(logits, label, state, after)
+        p = self.law(after) if self.label_is_law or adversarial else None
+        label = p if self.label_is_law else token
+        loss = supervised * self.head.supervised_loss(logits, label, state, after, **self.fit)
         if adversarial:
             q = logits.softmax(-1)  # what the discriminator teaches comes through q alone
             judged = self.judgement(index, before, after, p, q)
@@ -160,116 +191,3 @@ class Game:
             p, q = self.law(after), F.linear(state, to_logits).float().softmax(-1)
             each.append(health(self.judgement(index, before, after, p, q), p, q))
         return {key: sum(one[key] for one in each) / len(each) for key in each[0]}
-
-
-def gradient_ratio(head, supervised: Tensor, adversarial: Tensor, weight: float) -> float:
-    """||lambda grad L_adv|| / ||grad L_sup|| over the head's parameters; keeps both graphs."""
-    parameters = [w for w in head.parameters() if w.requires_grad]
-
-    def norm(loss: Tensor) -> float:
-        grads = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
-        return math.sqrt(sum(g.square().sum().item() for g in grads if g is not None))
-
-    return weight * norm(adversarial) / max(norm(supervised), 1e-12)
-
-
-class HeadTraining:
-    """A head and its discriminator, if it has one, with their optimizers and their steps."""
-
-    def __init__(self, config: TrainConfig, name: str, target, autocast):
-        self.config, self.name, self.target, self.autocast = config, name, target, autocast
-        layers, self.weight = config.layers_and_weight(name)
-        torch.manual_seed(config.seed)
-        shape = HeadConfig(name.split("-")[0], layers, draft_vocab=config.head_vocab(target))
-        self.head = build_head(shape, target)
-        discriminator = None
-        if self.weight > 0 and config.discriminator == "learnt":
-            positions = self.head.max_draft or config.own_steps
-            rows = self.head.vocabulary.rows(target.lm_head.weight)
-            discriminator = Discriminator(rows, positions).to(rows.device)
-            self.d_optimizer = torch.optim.Adam(
-                discriminator.parameters(), lr=config.discriminator_lr, betas=(0.5, 0.9)
-            )
-        self.discriminator = discriminator
-        self.optimizer = torch.optim.AdamW(
-            self.head.parameters(), lr=config.head_lr, betas=(0.9, 0.95), fused=True
-        )
-
-    def parts(self) -> dict:
-        """What the state of training consists of, for a checkpoint."""
-        parts = {"head": self.head, "optimizer": self.optimizer}
-        if self.discriminator is not None:
-            parts |= {"discriminator": self.discriminator, "d_optimizer": self.d_optimizer}
-        return parts
-
-    def start(self, train) -> None:
-        """Before the first step: which tokens the head can guess, and its start in closed form."""
-        self.head.vocabulary.choose(train.counts().to(self.target.embed.weight.device))
-        self.ready()
-        count = 2**14 // self.config.head_window  # windows; tokens enough for a thousand unknowns
-        sample = spread(torch.arange(len(train.windows)), count)
-        self.head.prepare(self.target, self.known(train.batch(sample)))
-
-    def ready(self) -> None:
-        """After `start`, or once a head that goes on training has its weights."""
-        self.game = Game(self.target, self.head, self.discriminator, self.autocast.dtype)
-        if self.discriminator is not None:
-            self.discriminator.judge_by(self.game.lm_head)
-        self.head.train()
-
-    def known(self, batch: Batch) -> Batch:
-        """The batch without what the head has no token for: there is no right guess there."""
-        return batch._replace(learn=batch.learn & (self.head.vocabulary.places(batch.tokens) >= 0))
-
-    def discriminator_step(self, batch: Batch, guess: Guess) -> None:
-        """One step of the discriminator on this guess."""
-        self.d_optimizer.zero_grad()
-        with self.autocast():
-            loss = self.game.discriminator_loss(guess, batch)
-        loss.backward()
-        self.d_optimizer.step()
-
-    def teaches(self, batch: Batch, own_steps: int) -> bool:
-        """Whether every draft position has a row: it has, where the last one has."""
-        positions = self.head.max_draft or own_steps
-        return batch.learn[:, 1 + positions :].any().item()
-
-    def discriminator_alone(self, batch: Batch) -> None:
-        """One step of the discriminator, before the head plays."""
-        if not self.teaches(batch, self.config.own_steps):
-            return
-        with torch.no_grad(), self.autocast():
-            guess = self.head(batch, self.config.own_steps)
-        self.discriminator_step(batch, guess)
-
-    def step(self, batch: Batch, joint: bool, own_steps: int, rate=1.0, log=False) -> dict:
-        """One step of the head; in the joint part one of D before it. Figures if `log`.
-
-        `batch` is one of `known`. `joint`: whether L_adv is played yet. `own_steps`: draft positions
-        that EAGLE learns from by now. `rate`: of the head's peak learning rate; D's is constant.
-        """
-        if not self.teaches(batch, own_steps):
-            return {}
-        with self.autocast():
-            guess = self.head(batch, own_steps)
-        if joint and self.discriminator is not None:
-            self.discriminator_step(batch, guess)
-        values, weight = {}, self.weight if joint else 0.0
-        with self.autocast():
-            if log:  # the same gradient in two parts, to tell one from the other
-                loss = self.game.head_loss(guess, batch)
-                values["loss_sup"] = loss.item()
-                if joint:
-                    adversarial = self.game.head_loss(guess, batch, 0.0, 1.0)
-                    values["loss_adv"] = adversarial.item()
-                    values["gradient_ratio"] = gradient_ratio(self.head, loss, adversarial, weight)
-                    values |= self.game.health(guess, batch)
-                    loss = loss + weight * adversarial
-            else:
-                loss = self.game.head_loss(guess, batch, 1.0, weight)
-        self.optimizer.param_groups[0]["lr"] = self.config.head_lr * rate
-        self.optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(self.head.parameters(), 1.0)
-        self.optimizer.step()
-        return values

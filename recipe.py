@@ -88,7 +88,11 @@ class TrainConfig:
     layers: int | None = option(None, "K, the head's layers; default: 1, and 2 for ...-koala")
     adversarial_weight: float | None = option(None, "lambda; default: 0, see koala_weight")
     koala_weight: float = option(0.1, "lambda of the heads named ...-koala")
-    discriminator: str = option("learnt", "D, or its closed form", choices=["learnt", "exact"])
+    discriminator: str = option(
+        "learnt",
+        "learnt: a judge of tokens; exact: its closed form; window: of runs of EAGLE's own guesses",
+        choices=["learnt", "exact", "window"],
+    )
     data: list[str] | None = option(
         None, "UTF-8 files or folders instead of the default", nargs="+"
     )
@@ -124,6 +128,13 @@ class TrainConfig:
     own_steps: int = option(1, "draft positions that EAGLE is trained on, from its own guesses on")
     own_from: float = option(0.6, "share of the head's steps before that; on true states till then")
     head_lr: float = option(2e-3, "peak learning rate of a head")
+    supervised: str = option(
+        "paper",
+        "loss of the supervised part: paper, or lk, which is closer to the rate of acceptance",
+        choices=["paper", "lk"],
+    )
+    feature_weight: float = option(1.0, "in EAGLE's supervised loss, of guessing hidden states")
+    head_mlp_width: int = option(0, "of EAGLE's layers; 0: that of the target's")
     supervised_share: float = option(0.6, "of the head's steps before the discriminator joins")
     discriminator_steps: int = option(200, "of D alone before it joins")
     discriminator_lr: float = option(2e-3, "of D, constant")
@@ -155,7 +166,7 @@ class TrainConfig:
             if getattr(self, name) is not None and not 0 < getattr(self, name) < math.inf:
                 raise UserError(f"--{name} is {getattr(self, name)}, it must be above 0")
         unsigned = ("adversarial_weight", "koala_weight", "cache_gb", "discriminator_steps")
-        for name in (*unsigned, "draft_vocab"):
+        for name in (*unsigned, "draft_vocab", "feature_weight", "head_mlp_width"):
             if getattr(self, name) is not None and not 0 <= getattr(self, name) < math.inf:
                 raise UserError(f"--{name} is {getattr(self, name)}, it must be 0 or more")
         if 0 < self.draft_vocab < RANKS:
@@ -173,6 +184,13 @@ class TrainConfig:
             raise UserError(f"--window {self.window} is beyond the target's --context")
         if self.own_steps > DRAFT_POSITIONS * 2:
             raise UserError(f"--own_steps must be at most {DRAFT_POSITIONS * 2}")
+        if self.discriminator == "window" and not (
+            self.own_steps > 1 and self.own_from <= self.supervised_share
+        ):
+            raise UserError(
+                "--discriminator window judges the head's own guesses: give --own_steps 2 or more, "
+                "and an --own_from that is not above --supervised_share"
+            )
         if (self.preset == "pretrained") != (self.target is not None):
             raise UserError("--preset pretrained and --target go together")
         if self.target is not None and self.stage == "target" and self.data:
@@ -235,6 +253,7 @@ FREE |= {"compile", "cache_gb", "optimizer"}  # each file records what it used o
 FREE |= {"minutes", "more"}
 OF_HEADS = {"koala_weight", "discriminator", "head_data_tokens", "head_tokens", "head_lr"}
 OF_HEADS |= {"head_data", "window", "draft_vocab", "own_steps", "own_from"}
+OF_HEADS |= {"supervised", "feature_weight", "head_mlp_width"}
 OF_HEADS |= {"supervised_share", "discriminator_steps", "discriminator_lr"}
 
 

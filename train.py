@@ -35,7 +35,7 @@ from chat import Chat
 from cli import UserError, bfloat16_cost, choose_device, describe_device, parse, run
 from draft_head import Batch
 from features import Features, Text, measure_acceptance, spread
-from game import HeadTraining
+from head_training import HeadTraining
 from model import load_checkpoint, load_target
 from pretrained import find_source, import_target
 from recipe import (
@@ -261,15 +261,20 @@ def get_target(config: TrainConfig, path: Path, text: Text | None, device, autoc
         train_target(config, text, device, autocast)
 
 
-def main() -> None:
-    config = parse(TrainConfig, presets=PRESETS | {"pretrained": PRETRAINED})
-    device = choose_device(config.device)
+def choose_autocast(config: TrainConfig, device: torch.device) -> Autocast:
+    """The dtype to compute in: bfloat16 where it is asked for, or faster."""
     fast = bfloat16_cost(device) < 0.7
     low = config.dtype == "bfloat16" or config.dtype == "auto" and fast
     reason = "bfloat16 is " + ("faster here" if fast else "not faster here")
     print(f"{describe_device(device)}, {'bfloat16 autocast' if low else 'float32'} ({reason})")
+    return Autocast(device, torch.bfloat16 if low else torch.float32)
+
+
+def main() -> None:
+    config = parse(TrainConfig, presets=PRESETS | {"pretrained": PRETRAINED})
+    device = choose_device(config.device)
+    autocast = choose_autocast(config, device)
     keep_freed_memory()
-    autocast = Autocast(device, torch.bfloat16 if low else torch.float32)
     # A pretrained target that writes its own text needs no other.
     text = read_text(config) if config.needs_text else None
     config.folder.mkdir(parents=True, exist_ok=True)

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch.nn import functional as F
-from toys import whole_batch, whole_vocabulary
+from toys import OWN_STEPS, game_setting, gradients, whole_vocabulary
 
 from cli import UserError
 from discriminator import (
@@ -28,7 +28,8 @@ from discriminator import (
 )
 from draft_head import Guess, HeadConfig, build_head
 from features import DRAFT_POSITIONS, Features, bits_per_byte, measure_acceptance, spread
-from game import Game, HeadTraining
+from game import Game, lk_loss
+from head_training import HeadTraining
 from model import GPT, GPTConfig
 from recipe import TrainConfig
 from stage import Autocast, batch_indices, is_due, schedule
@@ -130,42 +131,56 @@ def test_a_new_discriminator_is_undecided_and_owns_no_lm_head():
     assert not [t for t in tensors if t.data_ptr() == lm_head.data_ptr() or 40 in t.shape]
 
 
-# -------------------------------------------------------------------------------- the game
+def test_the_cosine_compares_what_the_game_teaches_with_what_is_wanted():
+    p, q = two_laws()
+    z = q.log().requires_grad_()
+
+    def downhill(loss: torch.Tensor) -> torch.Tensor:
+        return -torch.autograd.grad(loss, z)[0]
+
+    for logits in (exact_logits(p, q), torch.randn(p.shape, dtype=p.dtype), -exact_logits(p, q)):
+        taught = downhill(adversarial_loss(logits, z.softmax(-1)))
+        wanted = downhill(-acceptance(p, z.softmax(-1)).sum())
+        expected = F.cosine_similarity(taught, wanted, dim=-1).mean().item()
+        assert health(logits, p, q)["cosine"] == pytest.approx(expected, abs=1e-9)
+    assert health(exact_logits(p, q), p, q)["cosine"] > 0.5
+    assert health(-exact_logits(p, q), p, q)["cosine"] < -0.2
 
 
-OWN_STEPS = 3  # draft positions of EAGLE here
+def test_the_lk_loss_leads_from_divergence_to_acceptance():
+    p, q = two_laws(size=1.0)
+    z = q.log().requires_grad_()
+    alpha = [min(a, b) for a, b in zip(p.flatten().tolist(), q.flatten().tolist())]
+    alpha = torch.tensor(alpha, dtype=p.dtype).view_as(p).sum(-1)
+    divergence = (p * (p / q).log()).sum(-1)
+    w = (-3 * alpha).exp()
+    loss = lk_loss(z, p)
+    assert loss.item() == pytest.approx((w * divergence + (1 - w) * (1 - alpha)).mean().item())
+    held = (w * (p * (p.log() - z.log_softmax(-1))).sum(-1)).mean()
+    held = held - ((1 - w) * torch.minimum(p, z.softmax(-1)).sum(-1)).mean()
+    for one, other in zip(torch.autograd.grad(loss, z), torch.autograd.grad(held, z)):
+        torch.testing.assert_close(one, other)
+    assert lk_loss(p.log(), p).item() == pytest.approx(0, abs=1e-9)
 
 
-def setting(kind: str, layers: int = 2, draft_vocab: int = 0):
-    """A random target, a head for it, a discriminator that has an opinion, and a batch.
-
-    In the batch some tokens are not to be learnt, as in a chat those that are not the model's own,
-    and those that the head has no token for.
-    """
-    torch.manual_seed(0)
+def test_a_wider_head_has_a_wider_mlp_and_nothing_else():
     config = GPTConfig(40, 16, num_layers=1, width=16, num_heads=2, num_kv_heads=2, mlp_width=16)
-    target = GPT(config).requires_grad_(False).eval()
-    target.embed.weight.mul_(20)
-    head = build_head(HeadConfig(kind, layers, draft_vocab=draft_vocab), target)
-    head.vocabulary.choose(torch.arange(40) % 7)
-    judge = Discriminator(
-        head.vocabulary.rows(target.lm_head.weight), head.max_draft or OWN_STEPS, hidden=16
-    )
-    torch.nn.init.normal_(judge.judge.weight)
-    batch = whole_batch(target, torch.randint(0, 40, (3, 17)))
-    learn = (torch.rand(3, 17) < 0.8) & (head.vocabulary.places(batch.tokens) >= 0)
-    head.prepare(target, batch._replace(learn=learn))
-    return target, head.eval(), judge, batch._replace(learn=learn)
+    target = GPT(config)
+    plain, wide = (build_head(HeadConfig("eagle", mlp_width=n), target) for n in (0, 40))
+    sizes = [{n: w.shape for n, w in head.named_parameters()} for head in (plain, wide)]
+    changed = {name for name in sizes[0] if sizes[0][name] != sizes[1][name]}
+    assert changed == {"blocks.0.gate_up.weight", "blocks.0.mlp_out.weight"}
+    assert sizes[1]["blocks.0.mlp_out.weight"] == (16, 40)
+    with pytest.raises(UserError, match="no MLP"):
+        HeadConfig("medusa", mlp_width=40)
 
 
-def gradients(head, loss) -> list[torch.Tensor]:
-    found = torch.autograd.grad(loss, list(head.parameters()), retain_graph=True, allow_unused=True)
-    return [torch.zeros(()) if g is None else g for g in found]
+# -------------------------------------------------------------------------------- the game
 
 
 @pytest.mark.parametrize("kind", ["medusa", "eagle"])
 def test_lambda_0_is_supervised_training(kind):
-    target, head, judge, batch = setting(kind)
+    target, head, judge, batch = game_setting(kind)
     game = Game(target, head, judge)
     guess = head(batch, OWN_STEPS)
     supervised, adversarial = game.head_loss(guess, batch), game.head_loss(guess, batch, 0.0, 1.0)
@@ -180,7 +195,7 @@ def test_lambda_0_is_supervised_training(kind):
 @pytest.mark.parametrize("kind", ["medusa", "eagle"])
 @pytest.mark.parametrize("closed_form", [False, True])
 def test_a_heads_step_changes_neither_target_nor_discriminator(kind, closed_form):
-    target, head, judge, batch = setting(kind)
+    target, head, judge, batch = game_setting(kind)
     target.requires_grad_(True)  # even then
     game = Game(target, head, None if closed_form else judge)
     game.head_loss(head(batch, OWN_STEPS), batch, 1.0, 1.0).backward()
@@ -190,7 +205,7 @@ def test_a_heads_step_changes_neither_target_nor_discriminator(kind, closed_form
 
 @pytest.mark.parametrize("kind", ["medusa", "eagle"])
 def test_the_discriminators_step_changes_neither_target_nor_head(kind):
-    target, head, judge, batch = setting(kind)
+    target, head, judge, batch = game_setting(kind)
     target.requires_grad_(True)
     game = Game(target, head, judge)
     game.discriminator_loss(head(batch, OWN_STEPS), batch).backward()
@@ -201,7 +216,7 @@ def test_the_discriminators_step_changes_neither_target_nor_head(kind):
 @pytest.mark.parametrize("kind", ["medusa", "eagle"])
 def test_a_guess_is_compared_with_the_targets_law_for_the_same_token(kind):
     """A head that knew the target's next states would be indistinguishable from it."""
-    target, head, _, batch = setting(kind)
+    target, head, _, batch = game_setting(kind)
     game = Game(target, head, None)
     guess = head(batch, OWN_STEPS)
     places = range(1, len(guess.states) + 1)
@@ -228,7 +243,7 @@ def test_a_guess_is_compared_with_the_targets_law_for_the_same_token(kind):
 
 @pytest.mark.parametrize("kind", ["medusa", "eagle"])
 def test_the_discriminator_sees_the_state_guessed_from_and_the_one_guessed_for(kind):
-    target, head, judge, batch = setting(kind)
+    target, head, judge, batch = game_setting(kind)
     seen = []
 
     class Recorder(Discriminator):
@@ -250,10 +265,13 @@ def test_the_discriminator_sees_the_state_guessed_from_and_the_one_guessed_for(k
 
 @pytest.mark.parametrize("kind", ["medusa", "eagle"])
 @pytest.mark.parametrize("draft_vocab", [0, 20])
-def test_losses_by_rows_are_those_of_all_rows_at_once(kind, draft_vocab):
+@pytest.mark.parametrize("lk", [False, True])
+def test_losses_by_rows_are_those_of_all_rows_at_once(kind, draft_vocab, lk):
     """Values and gradients of L_sup, L_adv and L_D, written down with whole tensors."""
-    target, head, judge, batch = setting(kind, draft_vocab=draft_vocab)
-    game, guess = Game(target, head, judge), head(batch, OWN_STEPS)
+    target, head, judge, batch = game_setting(kind, draft_vocab=draft_vocab)
+    for weight in head.parameters():  # away from p = q, where min(p, q) has an edge
+        weight.data += 0.1 * torch.randn_like(weight)
+    game, guess = Game(target, head, judge, lk=lk, feature_weight=0.7), head(batch, OWN_STEPS)
     supervised = adversarial = of_judge = 0.0
     for i, (logits, state) in enumerate(zip(guess.logits, guess.states), start=1):
         before, after = batch.rows(batch.hidden[:, :-i], i), batch.rows(batch.hidden[:, i:], i)
@@ -263,7 +281,9 @@ def test_losses_by_rows_are_those_of_all_rows_at_once(kind, draft_vocab):
         of_judge += weight * discriminator_loss(judged, p, q)
         adversarial += weight * adversarial_loss(judged, q)
         label = labels if kind == "medusa" else p
-        supervised += weight * head.supervised_loss(logits, label, state, after)
+        fit = lk_loss(logits, p) if lk else F.cross_entropy(logits, label)
+        close = 0.7 * F.smooth_l1_loss(state, after) + 0.1 * fit
+        supervised += weight * (fit if kind == "medusa" else close)
     for piece in (1, 7, 1000):
         game.piece = piece
         for loss, expected, module in (
@@ -278,7 +298,7 @@ def test_losses_by_rows_are_those_of_all_rows_at_once(kind, draft_vocab):
 
 @pytest.mark.parametrize("kind", ["medusa", "eagle"])
 def test_in_bfloat16_the_losses_teach_the_same(kind):
-    target, head, judge, batch = setting(kind, draft_vocab=20)
+    target, head, judge, batch = game_setting(kind, draft_vocab=20)
 
     def taught(dtype) -> tuple[list, list]:
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
@@ -293,7 +313,7 @@ def test_in_bfloat16_the_losses_teach_the_same(kind):
 
 
 def test_a_head_that_has_decoded_can_be_trained():
-    target, head, _, batch = setting("eagle", draft_vocab=20)
+    target, head, _, batch = game_setting("eagle", draft_vocab=20)
     with torch.inference_mode():
         state = head.start(8)
         head.absorb(state, batch.tokens[:1, 1:3], batch.hidden[:1, :2])
@@ -307,7 +327,7 @@ def test_a_head_that_has_decoded_can_be_trained():
 @pytest.mark.parametrize("kind", ["medusa", "eagle"])
 def test_the_loss_is_the_mean_over_what_is_to_be_learnt(kind, draft_vocab):
     """Written down token by token, from guesses at all places; what is masked has no share in it."""
-    target, head, _, batch = setting(kind, draft_vocab=draft_vocab)
+    target, head, _, batch = game_setting(kind, draft_vocab=draft_vocab)
     game = Game(target, head, None)
     everywhere = batch._replace(learn=torch.ones_like(batch.learn))
     all_guesses, (tokens, hidden, learn) = head(everywhere, OWN_STEPS), batch
@@ -342,7 +362,7 @@ def test_the_loss_is_the_mean_over_what_is_to_be_learnt(kind, draft_vocab):
 
 
 def test_noise_is_added_in_training_only_and_to_the_input_only():
-    target, head, _, batch = setting("eagle")
+    target, head, _, batch = game_setting("eagle")
     before = batch.hidden.clone()
     calm = head.eval()(batch).states[0]
     assert torch.equal(calm, head(batch).states[0])
@@ -355,7 +375,7 @@ def test_noise_is_added_in_training_only_and_to_the_input_only():
 
 def head_training(name: str = "eagle-koala", window: int = 16, **flags):
     """A `HeadTraining` that has begun, and the features it learns from."""
-    target, _, _, batch = setting("eagle")
+    target, _, _, batch = game_setting("eagle")
     config = TrainConfig(context=window, batch_tokens=64, **flags)
     features = Features(target, batch.tokens[:, : window + 1].repeat(4, 1), 1.0, nullcontext)
     training = HeadTraining(config, name, target, Autocast(torch.device("cpu"), torch.float32))
@@ -413,7 +433,7 @@ def test_a_draft_vocabulary_is_made_of_the_most_frequent_tokens_and_alone_is_lea
 
 
 def test_kept_states_are_those_of_the_target(capsys):
-    target, _, _, batch = setting("eagle")
+    target, _, _, batch = game_setting("eagle")
     windows = batch.tokens.int().repeat(5, 1)
     kept = Features(target, windows, 1.0, nullcontext)
     afresh = Features(target, windows, 0.0, nullcontext)
@@ -430,7 +450,7 @@ def test_kept_states_are_those_of_the_target(capsys):
 
 
 def test_the_limit_is_that_of_the_memory_taken():
-    target, _, _, batch = setting("eagle")
+    target, _, _, batch = game_setting("eagle")
     tokens = batch.tokens
     needed = 3 * 16 * 16 * 2 / 1e9  # windows x positions x width x bytes of a float16
     assert Features(target, tokens, needed * 1.001, nullcontext).kept is not None
@@ -448,7 +468,7 @@ def test_a_sample_is_spread_over_all_rows_without_repeating_one(rows, count):
 
 
 def test_bits_per_byte_is_the_cross_entropy_of_the_text():
-    target, _, _, (tokens, hidden, _) = setting("eagle")
+    target, _, _, (tokens, hidden, _) = game_setting("eagle")
     counts = torch.arange(40) % 3 + 1
     log_p = target.lm_head(hidden).log_softmax(-1)
     nats = -sum(log_p[b, t, tokens[b, t + 1]].item() for b in range(3) for t in range(16))
@@ -482,7 +502,7 @@ class Oracle:
 
 
 def test_a_perfect_head_is_measured_as_perfect_and_a_contrary_one_as_useless():
-    target, _, _, (tokens, hidden, _) = setting("eagle")
+    target, _, _, (tokens, hidden, _) = game_setting("eagle")
     features = Features(target, tokens, 0.0, nullcontext)
     perfect = measure_acceptance(target, Oracle(target, tokens, hidden), features, 3, stride=2)
     for i in range(1, DRAFT_POSITIONS + 1):
@@ -497,7 +517,7 @@ def test_a_perfect_head_is_measured_as_perfect_and_a_contrary_one_as_useless():
 
 @pytest.mark.parametrize("kind", ["medusa", "eagle"])
 def test_the_first_position_is_measured_as_training_sees_it(kind):
-    target, head, _, batch = setting(kind)
+    target, head, _, batch = game_setting(kind)
     torch.nn.init.normal_(head.biases[0] if kind == "medusa" else head.combine.weight)
     features = Features(target, batch.tokens, 0.0, nullcontext)
     batch = features.batch(torch.arange(3))
@@ -521,7 +541,7 @@ def test_the_first_position_is_measured_as_training_sees_it(kind):
 
 def test_only_drafts_of_what_is_to_be_learnt_are_measured():
     """In a chat a head drafts the model's answers, and what it makes of questions is no matter."""
-    target, head, _, batch = setting("eagle", draft_vocab=20)
+    target, head, _, batch = game_setting("eagle", draft_vocab=20)
     learn = torch.ones(3, 17, dtype=torch.bool)
     learn[0, 6] = learn[1] = (
         False  # a draft that begins after tokens 1..5 of the first needs the 6th

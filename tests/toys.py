@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import torch
 import torch.nn.functional as F
 
+from discriminator import Discriminator
 from draft_head import Batch, HeadConfig, build_head
 from game import Game
 from model import GPT, GPTConfig
@@ -316,3 +317,35 @@ def chat_tokenizer(form: dict | None = FORM) -> dict:
     tokens += [left + right for left, right in MERGES]
     tokenizer = {"name": "bpe", "pattern": DIGITS, "tokens": tokens, "special": dict(SPECIAL)}
     return tokenizer | ({"chat": form} if form else {})
+
+
+# -------------------------------------------------------------------------------- the game
+
+OWN_STEPS = 3  # draft positions of EAGLE here
+
+
+def game_setting(kind: str, layers: int = 2, draft_vocab: int = 0):
+    """A random target, a head for it, a discriminator that has an opinion, and a batch.
+
+    In the batch some tokens are not to be learnt, as in a chat those that are not the model's own,
+    and those that the head has no token for.
+    """
+    torch.manual_seed(0)
+    config = GPTConfig(40, 16, num_layers=1, width=16, num_heads=2, num_kv_heads=2, mlp_width=16)
+    target = GPT(config).requires_grad_(False).eval()
+    target.embed.weight.mul_(20)
+    head = build_head(HeadConfig(kind, layers, draft_vocab=draft_vocab), target)
+    head.vocabulary.choose(torch.arange(40) % 7)
+    judge = Discriminator(
+        head.vocabulary.rows(target.lm_head.weight), head.max_draft or OWN_STEPS, hidden=16
+    )
+    torch.nn.init.normal_(judge.judge.weight)
+    batch = whole_batch(target, torch.randint(0, 40, (3, 17)))
+    learn = (torch.rand(3, 17) < 0.8) & (head.vocabulary.places(batch.tokens) >= 0)
+    head.prepare(target, batch._replace(learn=learn))
+    return target, head.eval(), judge, batch._replace(learn=learn)
+
+
+def gradients(head, loss) -> list[torch.Tensor]:
+    found = torch.autograd.grad(loss, list(head.parameters()), retain_graph=True, allow_unused=True)
+    return [torch.zeros(()) if g is None else g for g in found]
