@@ -16,6 +16,8 @@ import numpy as np
 
 README = Path(__file__).with_name("README.md")
 RESULTS = Path(__file__).with_name("results")
+# How the discriminator's figures are drawn, see discriminator.py.
+JUDGE_LINES = {"d_accuracy": "-", "d_accuracy_bound": "--", "share_found": ":", "cosine": "-."}
 
 
 def heads_table(records: list[dict]) -> str:
@@ -58,14 +60,14 @@ def plot_training(folder: Path, names: list[str]) -> None:
     for name, log in logs.items():
         axes[0, 1].plot(*log["loss_sup"], label=name)
         axes[1, 0].plot(*log["tau_estimate"], marker="o", label=name)
-        for key, line in (("d_accuracy", "-"), ("d_accuracy_bound", "--"), ("share_found", ":")):
+        for key, line in JUDGE_LINES.items():
             if key in log:
                 axes[1, 1].plot(*log[key], line, label=f"{name}: {key.replace('_', ' ')}")
     title = "Heads: supervised loss (each kind has its own)"
     axes[0, 1].set(title=title, ylabel="L_sup", yscale="log")
     title = "Heads: estimated acceptance length, held-out text"
     axes[1, 0].set(title=title, ylabel="tokens per target pass")
-    title = "Discriminator: accuracy against its bound, share found"
+    title = "Discriminator: accuracy against its bound, share found, cosine with acceptance"
     axes[1, 1].set(title=title, ylabel="share")
     for axis in axes.flat:
         axis.set(xlabel="tokens trained on (millions)")

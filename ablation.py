@@ -1,0 +1,297 @@
+"""What each ingredient earns: heads that differ from the recipe in one thing, trained alike.
+
+KOALA's claim is one of two ingredients together, K layers and adversarial training. Here each is
+taken away or changed alone, and so is what else may explain a gain: parameters (one layer as large
+as two), another supervised loss, training on the head's own guesses. All cells learn from the same
+target and the same batches in the same order, for the same number of tokens; with `--equal seconds`
+for as long as the recipe's head takes, since a second layer also costs a learner time.
+
+The figures are those of held-out text, along which the heads draft (`features.measure_acceptance`).
+They choose; they prove nothing: many cells were looked at, and the best of many is lucky as well.
+What is chosen is to be written into LOG.md, trained with and without, in several seeds (`--cells
+eagle-koala eagle-k2 --seeds 1 2 3 4 5`: pairs of the same seed are compared), and then decoded with
+bench.py, whose texts no choice was made on.
+"""
+
+import csv
+import statistics
+from dataclasses import dataclass, fields, replace
+from functools import partial
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+from budget import Budget, step_seconds
+from cli import UserError, choose_device, option, parse, run, write_json
+from draft_head import HeadConfig, build_head
+from features import measure_acceptance
+from head_training import HeadTraining
+from model import load_checkpoint, load_target
+from recipe import PRESETS, PRETRAINED, TrainConfig, head_settings
+from runs import find_run
+from stage import check_same, keep_freed_memory
+from train import choose_autocast, corpus, read_text, self_written, train_head
+
+ORIGINAL = dict(layers=1, adversarial_weight=0.0)
+SUPERVISED = dict(adversarial_weight=0.0)  # the recipe's head without its discriminator
+OWN = dict(own_steps=3, own_from=0.6, supervised_share=0.6)
+# What each cell changes of the recipe's KOALA head: K = 2, lambda = 0.1, a learnt judge of tokens.
+CELLS = {
+    "medusa-original": ORIGINAL,
+    "medusa-k2": SUPERVISED,
+    "medusa-k3": SUPERVISED | dict(layers=3),
+    "medusa-koala": {},
+    "medusa-exact": dict(discriminator="exact"),
+    "medusa-lk": SUPERVISED | dict(supervised="lk"),
+    "eagle-original": ORIGINAL,
+    "eagle-wide": ORIGINAL,  # as many parameters as two layers: see `settings_of`
+    "eagle-k2": SUPERVISED,
+    "eagle-k3": SUPERVISED | dict(layers=3),
+    "eagle-koala": {},
+    "eagle-lambda-0.03": dict(adversarial_weight=0.03),
+    "eagle-lambda-0.3": dict(adversarial_weight=0.3),
+    "eagle-exact": dict(discriminator="exact"),
+    "eagle-lk": SUPERVISED | dict(supervised="lk"),
+    "eagle-own-original": ORIGINAL | OWN,
+    "eagle-own-k2": SUPERVISED | OWN,
+    "eagle-own-nofeature": SUPERVISED | OWN | dict(feature_weight=0.0),
+    "eagle-own-koala": OWN,
+    "eagle-own-window": OWN | dict(discriminator="window"),
+}
+# Half the width of a 95 % interval of a mean, in standard errors, by the number of values (Student).
+STUDENT = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}
+JUDGED = ("share_found", "gradient_ratio", "cosine")  # of D, by the end
+
+
+@dataclass(frozen=True)
+class AblationConfig:
+    out_dir: str | None = option(None, "the run's folder; default: the newest under out/")
+    preset: str = option("cpu", "what heads were trained by in that run", choices=[*PRESETS])
+    cells: list[str] | None = option(None, f"of {', '.join(CELLS)}; default: all", nargs="+")
+    seeds: list[int] | None = option(
+        None, "of weights, batches and noise, a head of each; default: the run's", nargs="+"
+    )
+    head_tokens: int | None = option(None, "tokens the recipe's head trains on; default: its own")
+    head_data_tokens: int | None = option(
+        None, "tokens whose hidden states the heads learn from; default: the recipe's"
+    )
+    equal: str = option("tokens", "what cells have in common", choices=["tokens", "seconds"])
+    device: str = option("auto", "auto, cpu or cuda")
+    dtype: str = option("auto", "to compute in", choices=["auto", "float32", "bfloat16"])
+
+    def __post_init__(self):
+        unknown = sorted(set(self.cells or ()) - set(CELLS))
+        if unknown:
+            raise UserError(f"unknown cell {unknown[0]!r}: choose from {', '.join(CELLS)}")
+
+
+def recipe_of(config: AblationConfig, folder: Path, checkpoint: dict) -> TrainConfig:
+    """The run's settings: of its target as that remembers them, of its heads as the preset says.
+
+    Raises UserError beside a pretrained target, whose heads had minutes, without --head_tokens.
+    """
+    known = checkpoint["training"]["settings"]
+    if "source" in known:
+        # What that target has written by now is what there is to learn from.
+        values = PRETRAINED | {"target": known["source"], "minutes": None, "head_data_tokens": 1}
+        values |= {"preset": "pretrained", "context": known["context"]}
+        if config.head_tokens is None:
+            raise UserError("--head_tokens is needed beside a pretrained target")
+    else:
+        names = {field.name for field in fields(TrainConfig)}
+        values = PRESETS[config.preset] | {k: v for k, v in known.items() if k in names}
+        values |= {"preset": config.preset}
+    given = {"head_tokens": config.head_tokens, "head_data_tokens": config.head_data_tokens}
+    values |= {name: value for name, value in given.items() if value is not None}
+    return TrainConfig(**values, out_dir=str(folder), device=config.device, dtype=config.dtype)
+
+
+def settings_of(recipe: TrainConfig, cell: str, seed: int, target) -> TrainConfig:
+    """The configuration of one head; its files are beside the run's, in ablation/."""
+    flags = dict(layers=2, adversarial_weight=recipe.koala_weight) | CELLS[cell]
+    if cell == "eagle-wide":
+        one, two = (build_head(HeadConfig("eagle", k), target) for k in (1, 2))
+        more = sum(w.numel() for w in two.parameters()) - sum(w.numel() for w in one.parameters())
+        width = target.config.width
+        flags["head_mlp_width"] = target.config.mlp_width + round(more / (3 * width))
+    folder = str(recipe.folder / "ablation")
+    return replace(recipe, **flags, head=f"{cell}-seed{seed}", seed=seed, out_dir=folder)
+
+
+# -------------------------------------------------------------------------------- the result
+
+
+def judged(folder: Path, name: str) -> dict[str, float]:
+    """The last figures of the discriminator, from the head's log; none where it had none."""
+    with open(folder / f"{name}.csv", newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row.get("gradient_ratio")]
+    return {key: float(rows[-1][key]) for key in JUDGED if rows and rows[-1].get(key)}
+
+
+def figures(record: dict, folder: Path) -> dict:
+    """What is kept of one head."""
+    valid = record["valid"]
+    kept = {key: value for key, value in valid.items() if isinstance(value, float)}
+    shape = {key: record[key] for key in ("parameters", "seconds", "kept_step")}
+    tokens = record["settings"]["head_tokens"]
+    return kept | shape | {"head_tokens": tokens} | judged(folder, record["name"])
+
+
+def collect(folder: Path, equal: str, target_print: str) -> dict:
+    """results[cell][seed] of all heads trained so far. Raises UserError for one of another target."""
+    results, end = {}, "-seconds" if equal == "seconds" else ""
+    for cell in CELLS:
+        for path in sorted(folder.glob(f"{cell}-seed*{end}.pt")):
+            seed = path.stem.removeprefix(f"{cell}-seed").removesuffix(end)
+            if seed.isdigit():  # not a head that is still being trained, nor one of equal seconds
+                head = load_checkpoint(path, "draft head")
+                if head["target"] != target_print:
+                    raise UserError(f"{path} was trained for another target: remove it")
+                results.setdefault(cell, {})[int(seed)] = figures(head["training"], folder)
+    return results
+
+
+def interval(values: list[float]) -> tuple[float, float]:
+    """The mean and half the width of its 95 % interval (Student's t); nan for a single value."""
+    mean = statistics.mean(values)
+    if len(values) not in STUDENT:
+        return mean, float("nan")
+    return mean, STUDENT[len(values)] * statistics.stdev(values) / len(values) ** 0.5
+
+
+def compare(results: dict, cell: str, other: str, key: str) -> list[float]:
+    """cell / other, of each seed that both were trained with."""
+    pairs = results.get(cell, {}), results.get(other, {})
+    return [pairs[0][s][key] / pairs[1][s][key] for s in pairs[0] if s in pairs[1]]
+
+
+def control_of(cell: str) -> str:
+    """What a cell is compared with: the original; what has a discriminator, its like without."""
+    kind = cell.split("-")[0]
+    if "adversarial_weight" in CELLS[cell] and CELLS[cell]["adversarial_weight"] == 0:
+        return f"{kind}-original"
+    return f"{kind}-own-k2" if "-own-" in cell else f"{kind}-k2"
+
+
+def table(results: dict) -> str:
+    """results[cell][seed] -> Markdown, means over seeds."""
+    lines = ["| cell | seeds | parameters | tokens | minutes | agreement 1, 4 | alpha 1, 4 "]
+    lines[0] += "| tau, estimated | against | tau ratio | alpha ratio | share, gradients, cosine |"
+    lines.append("|---|---|---|---|---|---|---|---|---|---|---|---|")
+    for cell, by_seed in results.items():
+        rows = list(by_seed.values())
+
+        def mean(key: str, rows=rows) -> float:
+            return statistics.mean(row[key] for row in rows)
+
+        def ratio(key: str, cell=cell) -> str:
+            found = compare(results, cell, control_of(cell), key)
+            if not found:
+                return ""
+            middle, half = interval(found)
+            return f"{middle:.3f}" + (f" ± {half:.3f}" if half == half else "")
+
+        of_d = [f"{mean(key):.2f}" for key in JUDGED if all(key in row for row in rows)]
+        cells = [
+            cell,
+            len(rows),
+            f"{mean('parameters') / 1e6:.2f} M",
+            f"{mean('head_tokens') / 1e6:.2f} M",
+            f"{mean('seconds') / 60:.1f}",
+            f"{mean('agree_1'):.3f}, {mean('agree_4'):.3f}",
+            f"{mean('alpha_1'):.3f}, {mean('alpha_4'):.3f}",
+            f"{mean('tau_estimate'):.3f}",
+            control_of(cell) if cell != control_of(cell) else "",
+            ratio("tau_estimate") if cell != control_of(cell) else "",
+            ratio("alpha_1") if cell != control_of(cell) else "",
+            ", ".join(of_d),
+        ]
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines)
+
+
+def plot(results: dict, path: Path) -> None:
+    """A bar a cell: its mean; a dot a head."""
+    figure, axes = plt.subplots(1, 2, figsize=(11, 1.5 + 0.35 * len(results)), sharey=True)
+    panels = [("tau_estimate", "tau, estimated, greedy"), ("alpha_1", "alpha, first position")]
+    for axis, (key, title) in zip(axes, panels):
+        for place, (cell, by_seed) in enumerate(results.items()):
+            values = [row[key] for row in by_seed.values()]
+            color = "tab:blue" if cell.startswith("eagle") else "tab:orange"
+            axis.barh(place, statistics.mean(values), color=color, alpha=0.6)
+            axis.plot(values, [place] * len(values), "k.", markersize=5)
+        lowest = min(row[key] for by_seed in results.values() for row in by_seed.values())
+        axis.set(title=f"{title}, held-out text", xlim=(1.0 if lowest >= 1 else 0.0, None))
+        axis.grid(axis="x", alpha=0.3)
+    axes[0].set_yticks(range(len(results)), list(results))
+    axes[0].invert_yaxis()
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+# -------------------------------------------------------------------------------------- main
+
+
+def main() -> None:
+    config = parse(AblationConfig)
+    run_folder, device = find_run(config.out_dir), choose_device(config.device)
+    target, checkpoint = load_target(run_folder / "target.pt", device)
+    recipe = recipe_of(config, run_folder, checkpoint)
+    autocast = choose_autocast(recipe, device)
+    keep_freed_memory()
+    text = None
+    if recipe.needs_text:
+        text = read_text(recipe)
+        known = checkpoint["training"]["settings"]
+        check_same(run_folder / "target.pt", known, {"text": text.description["hash"]})
+        text.use(checkpoint["tokenizer"])
+    if recipe.learns_from == "self":
+        budget = Budget(recipe, lambda rounds: False)
+        train, valid = self_written(recipe, target, checkpoint, text, budget, autocast)
+    else:
+        train, valid = corpus(recipe, target, text, autocast)
+    evaluate = partial(measure_acceptance, target, features=valid, count=64)
+    folder = recipe.folder / "ablation"
+    folder.mkdir(exist_ok=True)
+    seconds = {}  # of a step
+
+    def as_long(cell: str, one: TrainConfig) -> int:
+        """Tokens for this cell, so that it takes as long as the recipe's head of its kind."""
+        base = settings_of(recipe, f"{cell.split('-')[0]}-koala", 0, target)
+        for settings in (one, base):
+            if settings.head not in seconds:
+                training = HeadTraining(settings, settings.head, target, autocast)
+                seconds[settings.head] = step_seconds(training, train, evaluate).step
+        return int(recipe.head_tokens * seconds[base.head] / seconds[one.head])
+
+    for cell in config.cells or CELLS:
+        for seed in config.seeds or [recipe.seed]:
+            one = settings_of(recipe, cell, seed, target)
+            if config.equal == "seconds":
+                one = replace(one, head=f"{one.head}-seconds")
+            path, before = folder / f"{one.head}.pt", None
+            if path.is_file():
+                before = load_checkpoint(path, "draft head")["training"]["settings"]
+            if config.equal == "seconds":
+                tokens = before["head_tokens"] if before else as_long(cell, one)
+                one = replace(one, head_tokens=tokens)
+            wanted = head_settings(one, one.head, checkpoint["fingerprint"])
+            if before:
+                check_same(path, before, wanted)
+                print(f"{one.head}: trained already")
+                continue
+            train_head(one, one.head, target, wanted, train, valid, autocast)
+    results = collect(folder, config.equal, checkpoint["fingerprint"])
+    name = f"ablation-{config.equal}"
+    write_json(folder / f"{name}.json", {"target": checkpoint["fingerprint"], "cells": results})
+    (folder / f"{name}.md").write_text(table(results) + "\n")
+    plot(results, folder / f"{name}.png")
+    print(f"\nOn held-out text:\n\n{table(results)}\n\nwritten: {folder}/{name}.json, .md and .png")
+
+
+if __name__ == "__main__":
+    run(main)
