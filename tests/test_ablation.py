@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -16,16 +17,22 @@ from stage import Autocast
 
 
 @pytest.fixture
-def recipe(tiny_run):
-    target, checkpoint = load_target(tiny_run.folder / "target.pt")
+def folder(tiny_run, tmp_path):
+    """A run of its own for each test: it has the target, which is all that an ablation takes."""
+    return shutil.copy(tiny_run.folder / "target.pt", tmp_path / "target.pt").parent
+
+
+@pytest.fixture
+def recipe(folder):
+    target, checkpoint = load_target(folder / "target.pt")
     config = AblationConfig(preset="smoke", head_tokens=512, head_data_tokens=4000)
-    return target, recipe_of(config, tiny_run.folder, checkpoint)
+    return target, recipe_of(config, folder, checkpoint)
 
 
-def test_the_recipe_is_that_of_the_run(recipe, tiny_run):
+def test_the_recipe_is_that_of_the_run(recipe, folder, tiny_run):
     _, config = recipe
     assert (config.width, config.context, config.data) == (32, 32, [str(tiny_run.data)])
-    assert config.head_tokens == 512 and config.folder == tiny_run.folder
+    assert config.head_tokens == 512 and config.folder == folder
 
 
 @pytest.mark.parametrize("cell", CELLS)
@@ -73,13 +80,13 @@ def test_an_interval_is_students():
     assert math.isnan(interval([1.0])[1]) and STUDENT[2] == pytest.approx(12.706, rel=1e-3)
 
 
-def test_cells_are_trained_once_and_pairs_of_seeds_compared(call, tiny_run):
-    flags = ["--out_dir", tiny_run.folder, "--preset", "smoke", "--device", "cpu"]
+def test_cells_are_trained_once_and_pairs_of_seeds_compared(call, folder):
+    flags = ["--out_dir", folder, "--preset", "smoke", "--device", "cpu"]
     flags += ["--dtype", "float32", "--head_tokens", "512", "--head_data_tokens", "4000"]
     flags += ["--cells", "eagle-k2", "eagle-koala", "--seeds"]
     status, out, err = call(ablation.main, *flags, "0", "1")
     assert status == 0, err
-    folder = tiny_run.folder / "ablation"
+    folder = folder / "ablation"
     cells = json.loads((folder / "ablation-tokens.json").read_text())["cells"]
     assert {c: set(seeds) for c, seeds in cells.items()} == {
         "eagle-k2": {"0", "1"},
@@ -102,16 +109,16 @@ def test_cells_are_trained_once_and_pairs_of_seeds_compared(call, tiny_run):
     assert status == 2 and "head_tokens 512" in err
 
 
-def test_for_equal_seconds_a_cell_learns_as_long_as_the_recipes_head(call, tiny_run, monkeypatch):
+def test_for_equal_seconds_a_cell_learns_as_long_as_the_recipes_head(call, folder, monkeypatch):
     costs = iter([2.0, 1.0])  # a step of the cell, and of the recipe's head
     monkeypatch.setattr(
         "ablation.step_seconds", lambda *_: type("Seconds", (), {"step": next(costs)})
     )
-    flags = ["--out_dir", tiny_run.folder, "--preset", "smoke", "--device", "cpu"]
+    flags = ["--out_dir", folder, "--preset", "smoke", "--device", "cpu"]
     flags += ["--dtype", "float32", "--head_tokens", "2048", "--head_data_tokens", "4000"]
     status, _, err = call(ablation.main, *flags, "--cells", "eagle-k3", "--equal", "seconds")
     assert status == 0, err
-    head = load_checkpoint(tiny_run.folder / "ablation/eagle-k3-seed0-seconds.pt", "draft head")
+    head = load_checkpoint(folder / "ablation/eagle-k3-seed0-seconds.pt", "draft head")
     assert head["training"]["settings"]["head_tokens"] == 1024
     status, out, _ = call(ablation.main, *flags, "--cells", "eagle-k3", "--equal", "seconds")
     assert status == 0 and "trained already" in out  # and not measured anew
