@@ -101,7 +101,7 @@ def train_head(
             for d_step in range(config.discriminator_steps):
                 training.discriminator_alone(batch(d_step, seed + 2))
         log = is_due(step, steps, LOG_LINES)
-        own = config.own_steps if step >= config.own_from * steps else 1
+        own = config.own_steps if step >= int(config.own_from * steps) else 1
         rate = schedule(step, steps)
         values = training.step(batch(step, seed), step >= joint_from, own, rate, log)
         if is_due(step, steps, EVALUATIONS):

@@ -109,6 +109,15 @@ def test_cells_are_trained_once_and_pairs_of_seeds_compared(call, folder):
     assert status == 2 and "head_tokens 512" in err
 
 
+def test_a_judge_of_runs_is_never_shown_shorter_ones(call, folder):
+    """Where own steps and the game begin together, they do so with the same step."""
+    flags = ["--out_dir", folder, "--preset", "smoke", "--device", "cpu", "--dtype", "float32"]
+    flags += ["--head_data_tokens", "4000", "--cells", "eagle-own-window"]
+    for tokens in (31 * 256, 32 * 256):  # 0.6 of 31 steps is no whole number
+        status, _, err = call(ablation.main, *flags, "--head_tokens", tokens, "--seeds", tokens)
+        assert status == 0, err
+
+
 def test_for_equal_seconds_a_cell_learns_as_long_as_the_recipes_head(call, folder, monkeypatch):
     costs = iter([2.0, 1.0])  # a step of the cell, and of the recipe's head
     monkeypatch.setattr(
