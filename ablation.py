@@ -61,9 +61,12 @@ CELLS = {
     "eagle-own-koala": OWN,
     "eagle-own-window": OWN | dict(discriminator="window"),
 }
+# What a cell is compared with, where that is not the two layers alone.
+CONTROLS = dict.fromkeys(["original", "wide", "k2", "k3", "own-original"], "original")
+CONTROLS |= dict.fromkeys(["own-nofeature", "own-koala", "own-window"], "own-k2")
 # Half the width of a 95 % interval of a mean, in standard errors, by the number of values (Student).
 STUDENT = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}
-JUDGED = ("share_found", "gradient_ratio", "cosine")  # of D, by the end
+JUDGED = {"share_found": "share", "gradient_ratio": "gradients", "cosine": "cosine"}  # of D
 
 
 @dataclass(frozen=True)
@@ -169,17 +172,15 @@ def compare(results: dict, cell: str, other: str, key: str) -> list[float]:
 
 
 def control_of(cell: str) -> str:
-    """What a cell is compared with: the original; what has a discriminator, its like without."""
-    kind = cell.split("-")[0]
-    if "adversarial_weight" in CELLS[cell] and CELLS[cell]["adversarial_weight"] == 0:
-        return f"{kind}-original"
-    return f"{kind}-own-k2" if "-own-" in cell else f"{kind}-k2"
+    """The cell that this one is compared with: it lacks one ingredient."""
+    kind, name = cell.split("-", 1)
+    return f"{kind}-{CONTROLS.get(name, 'k2')}"
 
 
 def table(results: dict) -> str:
     """results[cell][seed] -> Markdown, means over seeds."""
     lines = ["| cell | seeds | parameters | tokens | minutes | agreement 1, 4 | alpha 1, 4 "]
-    lines[0] += "| tau, estimated | against | tau ratio | alpha ratio | share, gradients, cosine |"
+    lines[0] += "| tau, estimated | against | tau ratio | alpha ratio | discriminator |"
     lines.append("|---|---|---|---|---|---|---|---|---|---|---|---|")
     for cell, by_seed in results.items():
         rows = list(by_seed.values())
@@ -194,7 +195,11 @@ def table(results: dict) -> str:
             middle, half = interval(found)
             return f"{middle:.3f}" + (f" ± {half:.3f}" if half == half else "")
 
-        of_d = [f"{mean(key):.2f}" for key in JUDGED if all(key in row for row in rows)]
+        of_d = [
+            f"{name} {mean(key):.2f}"
+            for key, name in JUDGED.items()
+            if all(key in row for row in rows)
+        ]
         cells = [
             cell,
             len(rows),
