@@ -167,8 +167,8 @@ def interval(values: list[float]) -> tuple[float, float]:
 
 def compare(results: dict, cell: str, other: str, key: str) -> list[float]:
     """cell / other, of each seed that both were trained with."""
-    pairs = results.get(cell, {}), results.get(other, {})
-    return [pairs[0][s][key] / pairs[1][s][key] for s in pairs[0] if s in pairs[1]]
+    others = results.get(other, {})
+    return [row[key] / others[seed][key] for seed, row in results[cell].items() if seed in others]
 
 
 def control_of(cell: str) -> str:
@@ -183,13 +183,14 @@ def table(results: dict) -> str:
     lines[0] += "| tau, estimated | against | tau ratio | alpha ratio | discriminator |"
     lines.append("|---|---|---|---|---|---|---|---|---|---|---|---|")
     for cell, by_seed in results.items():
-        rows = list(by_seed.values())
+        rows, other = list(by_seed.values()), control_of(cell)
+        other = "" if other == cell else other
 
         def mean(key: str, rows=rows) -> float:
             return statistics.mean(row[key] for row in rows)
 
-        def ratio(key: str, cell=cell) -> str:
-            found = compare(results, cell, control_of(cell), key)
+        def ratio(key: str, cell=cell, other=other) -> str:
+            found = compare(results, cell, other, key)
             if not found:
                 return ""
             middle, half = interval(found)
@@ -209,9 +210,9 @@ def table(results: dict) -> str:
             f"{mean('agree_1'):.3f}, {mean('agree_4'):.3f}",
             f"{mean('alpha_1'):.3f}, {mean('alpha_4'):.3f}",
             f"{mean('tau_estimate'):.3f}",
-            control_of(cell) if cell != control_of(cell) else "",
-            ratio("tau_estimate") if cell != control_of(cell) else "",
-            ratio("alpha_1") if cell != control_of(cell) else "",
+            other,
+            ratio("tau_estimate"),
+            ratio("alpha_1"),
             ", ".join(of_d),
         ]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
