@@ -17,20 +17,18 @@ import csv
 import statistics
 from dataclasses import dataclass, fields, replace
 from functools import partial
+from itertools import accumulate
+from operator import mul
 from pathlib import Path
-
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 
 from budget import Budget, step_seconds
 from cli import UserError, choose_device, option, parse, run, write_json
 from draft_head import HeadConfig, build_head
-from features import measure_acceptance
+from features import HEATS, measure_acceptance
 from head_training import HeadTraining
 from model import load_checkpoint, load_target
 from recipe import PRESETS, PRETRAINED, TrainConfig, head_settings
+from report import JUDGED, ablation_table, plot_cells, plot_games
 from runs import find_run
 from stage import check_same, keep_freed_memory
 from train import choose_autocast, corpus, read_text, self_written, train_head
@@ -38,6 +36,8 @@ from train import choose_autocast, corpus, read_text, self_written, train_head
 ORIGINAL = dict(layers=1, adversarial_weight=0.0)
 SUPERVISED = dict(adversarial_weight=0.0)  # the recipe's head without its discriminator
 OWN = dict(own_steps=3, own_from=0.6, supervised_share=0.6)
+# How not to play: a D that leaps, and is listened to more than the target is.
+UNBALANCED = dict(discriminator_lr=0.05, adversarial_weight=10.0)
 # What each cell changes of the recipe's KOALA head: K = 2, lambda = 0.1, a learnt judge of tokens.
 CELLS = {
     "medusa-original": ORIGINAL,
@@ -53,6 +53,7 @@ CELLS = {
     "eagle-koala": {},
     "eagle-lambda-0.03": dict(adversarial_weight=0.03),
     "eagle-lambda-0.3": dict(adversarial_weight=0.3),
+    "eagle-unbalanced": UNBALANCED,
     "eagle-exact": dict(discriminator="exact"),
     "eagle-lk": SUPERVISED | dict(supervised="lk"),
     "eagle-own-original": ORIGINAL | OWN,
@@ -64,9 +65,10 @@ CELLS = {
 # What a cell is compared with, where that is not the two layers alone.
 CONTROLS = dict.fromkeys(["original", "wide", "k2", "k3", "own-original"], "original")
 CONTROLS |= dict.fromkeys(["own-nofeature", "own-koala", "own-window"], "own-k2")
+GAMES = "eagle-koala", "eagle-unbalanced"  # a healthy one and one that is not, side by side
 # Half the width of a 95 % interval of a mean, in standard errors, by the number of values (Student).
 STUDENT = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}
-JUDGED = {"share_found": "share", "gradient_ratio": "gradients", "cosine": "cosine"}  # of D
+RATIOS = ("tau_estimate", "tau_sampled", "tau_tuned")  # that cells are compared by
 
 
 @dataclass(frozen=True)
@@ -131,13 +133,22 @@ def judged(folder: Path, name: str) -> dict[str, float]:
     """The last figures of the discriminator, from the head's log; none where it had none."""
     with open(folder / f"{name}.csv", newline="") as file:
         rows = [row for row in csv.DictReader(file) if row.get("gradient_ratio")]
-    return {key: float(rows[-1][key]) for key in JUDGED if rows and rows[-1].get(key)}
+    last = rows[-1] if rows else {}
+    return {key: float(last[key]) for key in JUDGED if last.get(key)}
 
 
 def figures(record: dict, folder: Path) -> dict:
-    """What is kept of one head."""
+    """What is kept of one head.
+
+    `tau_sampled`: the acceptance length at temperature 1, as `tau_estimate` is the greedy one's.
+    `tau_tuned`: the same with q at the best temperature of HEATS, `heat`. A loss that does no more
+    than make q sharper or flatter gains nothing of that.
+    """
     valid = record["valid"]
     kept = {key: value for key, value in valid.items() if isinstance(value, float)}
+    lengths = [1 + sum(accumulate(alphas, mul)) for alphas in valid["heated"]]
+    kept["tau_sampled"] = lengths[HEATS.index(1.0)]
+    kept["tau_tuned"], kept["heat"] = max(zip(lengths, HEATS))
     shape = {key: record[key] for key in ("parameters", "seconds", "kept_step")}
     tokens = record["settings"]["head_tokens"]
     return kept | shape | {"head_tokens": tokens} | judged(folder, record["name"])
@@ -157,18 +168,13 @@ def collect(folder: Path, equal: str, target_print: str) -> dict:
     return results
 
 
-def interval(values: list[float]) -> tuple[float, float]:
-    """The mean and half the width of its 95 % interval (Student's t); nan for a single value."""
+def interval(values: list[float]) -> list[float]:
+    """The mean and half the width of its 95 % interval (Student's t); of one value no width."""
     mean = statistics.mean(values)
-    if len(values) not in STUDENT:
-        return mean, float("nan")
-    return mean, STUDENT[len(values)] * statistics.stdev(values) / len(values) ** 0.5
-
-
-def compare(results: dict, cell: str, other: str, key: str) -> list[float]:
-    """cell / other, of each seed that both were trained with."""
-    others = results.get(other, {})
-    return [row[key] / others[seed][key] for seed, row in results[cell].items() if seed in others]
+    if len(values) == 1:
+        return [mean]
+    error = statistics.stdev(values) / len(values) ** 0.5
+    return [mean, STUDENT.get(len(values), STUDENT[10]) * error]
 
 
 def control_of(cell: str) -> str:
@@ -177,66 +183,17 @@ def control_of(cell: str) -> str:
     return f"{kind}-{CONTROLS.get(name, 'k2')}"
 
 
-def table(results: dict) -> str:
-    """results[cell][seed] -> Markdown, means over seeds."""
-    lines = ["| cell | seeds | parameters | tokens | minutes | agreement 1, 4 | alpha 1, 4 "]
-    lines[0] += "| tau, estimated | against | tau ratio | alpha ratio | discriminator |"
-    lines.append("|---|---|---|---|---|---|---|---|---|---|---|---|")
-    for cell, by_seed in results.items():
-        rows, other = list(by_seed.values()), control_of(cell)
-        other = "" if other == cell else other
-
-        def mean(key: str, rows=rows) -> float:
-            return statistics.mean(row[key] for row in rows)
-
-        def ratio(key: str, cell=cell, other=other) -> str:
-            found = compare(results, cell, other, key)
-            if not found:
-                return ""
-            middle, half = interval(found)
-            return f"{middle:.3f}" + (f" ± {half:.3f}" if half == half else "")
-
-        of_d = [
-            f"{name} {mean(key):.2f}"
-            for key, name in JUDGED.items()
-            if all(key in row for row in rows)
-        ]
-        cells = [
-            cell,
-            len(rows),
-            f"{mean('parameters') / 1e6:.2f} M",
-            f"{mean('head_tokens') / 1e6:.2f} M",
-            f"{mean('seconds') / 60:.1f}",
-            f"{mean('agree_1'):.3f}, {mean('agree_4'):.3f}",
-            f"{mean('alpha_1'):.3f}, {mean('alpha_4'):.3f}",
-            f"{mean('tau_estimate'):.3f}",
-            other,
-            ratio("tau_estimate"),
-            ratio("alpha_1"),
-            ", ".join(of_d),
-        ]
-        lines.append("| " + " | ".join(map(str, cells)) + " |")
-    return "\n".join(lines)
-
-
-def plot(results: dict, path: Path) -> None:
-    """A bar a cell: its mean; a dot a head."""
-    figure, axes = plt.subplots(1, 2, figsize=(11, 1.5 + 0.35 * len(results)), sharey=True)
-    panels = [("tau_estimate", "tau, estimated, greedy"), ("alpha_1", "alpha, first position")]
-    for axis, (key, title) in zip(axes, panels):
-        for place, (cell, by_seed) in enumerate(results.items()):
-            values = [row[key] for row in by_seed.values()]
-            color = "tab:blue" if cell.startswith("eagle") else "tab:orange"
-            axis.barh(place, statistics.mean(values), color=color, alpha=0.6)
-            axis.plot(values, [place] * len(values), "k.", markersize=5)
-        lowest = min(row[key] for by_seed in results.values() for row in by_seed.values())
-        axis.set(title=f"{title}, held-out text", xlim=(1.0 if lowest >= 1 else 0.0, None))
-        axis.grid(axis="x", alpha=0.3)
-    axes[0].set_yticks(range(len(results)), list(results))
-    axes[0].invert_yaxis()
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+def compared(results: dict) -> dict:
+    """results[cell][seed] -> of each cell its heads, what it is compared with, and the ratios to
+    that: mean and half of its interval over the seeds that both were trained with."""
+    cells = {}
+    for cell, heads in results.items():
+        other, ratios = control_of(cell), {}
+        seeds = sorted(set(heads) & set(results.get(other, ()))) if other != cell else ()
+        for key in RATIOS if seeds else ():
+            ratios[key] = interval([heads[s][key] / results[other][s][key] for s in seeds])
+        cells[cell] = {"heads": heads, "against": other if seeds else None, "ratios": ratios}
+    return cells
 
 
 # -------------------------------------------------------------------------------------- main
@@ -291,12 +248,16 @@ def main() -> None:
                 print(f"{one.head}: trained already")
                 continue
             train_head(one, one.head, target, wanted, train, valid, autocast)
-    results = collect(folder, config.equal, checkpoint["fingerprint"])
-    name = f"ablation-{config.equal}"
-    write_json(folder / f"{name}.json", {"target": checkpoint["fingerprint"], "cells": results})
-    (folder / f"{name}.md").write_text(table(results) + "\n")
-    plot(results, folder / f"{name}.png")
-    print(f"\nOn held-out text:\n\n{table(results)}\n\nwritten: {folder}/{name}.json, .md and .png")
+    cells = compared(collect(folder, config.equal, checkpoint["fingerprint"]))
+    result = {"target": checkpoint["fingerprint"], "equal": config.equal, "cells": cells}
+    name, shown = f"ablation-{config.equal}", ablation_table(result)
+    write_json(folder / f"{name}.json", result)
+    (folder / f"{name}.md").write_text(shown + "\n")
+    plot_cells(result, folder / f"{name}.png")
+    logs = {cell: folder / f"{cell}-seed{recipe.seed}.csv" for cell in GAMES}
+    if config.equal == "tokens" and all(path.is_file() for path in logs.values()):
+        plot_games(logs, folder / "games.png")
+    print(f"\nOn held-out text:\n\n{shown}\n\nwritten: {folder}/{name}.json, .md and .png")
 
 
 if __name__ == "__main__":

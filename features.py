@@ -21,6 +21,7 @@ from sampling import argmax
 
 DRAFT_POSITIONS = 4  # how far into a draft the held-out acceptance is measured
 RANKS = 16  # how many of a head's guesses at each position are counted
+HEATS = (0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2, 1.4)  # temperatures that q is also tried at
 
 
 class Text:
@@ -118,7 +119,8 @@ def measure_acceptance(
     sum_x min(p, q). tau_estimate = 1 + sum_i prod_{j <= i} agree_j, the greedy acceptance length
     if positions were independent. `by_rank` adds what trees are chosen by, two lists (P, RANKS):
     `ranks`, how often the head's r-th guess is the target's first choice, and `mass`, the mean p of
-    that guess. Uses the decoder's own `absorb` and `expand`, many rows at once.
+    that guess; and `heated` (HEATS, P), alpha with q's logits divided by each of HEATS.
+    Uses the decoder's own `absorb` and `expand`, many rows at once.
     """
     batch = features.batch(spread(torch.arange(len(features.windows)), count))
     tokens, hidden, learn = batch
@@ -126,6 +128,7 @@ def measure_acceptance(
     length, drafts, alpha = hidden.shape[1], 0, torch.zeros(positions, dtype=torch.float64)
     ranks = torch.zeros(positions, min(RANKS, target.config.vocab_size), dtype=torch.float64)
     mass = torch.zeros_like(ranks)
+    heated = torch.zeros(len(HEATS) if by_rank else 0, positions, dtype=torch.float64)
     state, read = head.start(length + positions, batch=len(tokens)), 0
     starts = range(min(stride, length - positions), length - positions + 1, stride)
     for start in starts:
@@ -137,11 +140,14 @@ def measure_acceptance(
             # The text itself is the path.
             logits = head.expand(state, tokens[:, here, None]) if i else head.expand(state)
             p = target.lm_head(hidden[use, here]).float().softmax(-1)  # (B', V)
-            q = logits[use, 0].float().softmax(-1)  # (B', S)
+            logits = logits[use, 0].float()  # (B', S)
+            q, p_known = logits.softmax(-1), head.vocabulary.rows(p.T).T
             guesses = head.vocabulary.names(q.topk(ranks.shape[1]).indices)  # (B', RANKS)
             ranks[i] += (guesses == argmax(p)[:, None]).sum(0).cpu()
             mass[i] += p.gather(-1, guesses).sum(0).cpu()
-            alpha[i] += acceptance(head.vocabulary.rows(p.T).T, q).sum().item()
+            alpha[i] += acceptance(p_known, q).sum().item()
+            for row, heat in zip(heated, HEATS):  # none unless `by_rank`
+                row[i] += acceptance(p_known, (logits / heat).softmax(-1)).sum().item()
     if drafts == 0:
         raise UserError("the held-out text has nothing to learn in it: write or give more")
     ranks, mass, alpha = ranks / drafts, mass / drafts, alpha / drafts
@@ -149,4 +155,5 @@ def measure_acceptance(
     result = {f"agree_{i + 1}": value.item() for i, value in enumerate(agree)}
     result |= {f"alpha_{i + 1}": value.item() for i, value in enumerate(alpha)}
     result["tau_estimate"] = 1 + agree.cumprod(0).sum().item()
-    return result | ({"ranks": ranks.tolist(), "mass": mass.tolist()} if by_rank else {})
+    lists = {"ranks": ranks, "mass": mass, "heated": heated / drafts}
+    return result | ({key: rows.tolist() for key, rows in lists.items()} if by_rank else {})

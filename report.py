@@ -16,7 +16,8 @@ import numpy as np
 
 README = Path(__file__).with_name("README.md")
 RESULTS = Path(__file__).with_name("results")
-# How the discriminator's figures are drawn, see discriminator.py.
+# The discriminator's figures, see discriminator.py: how they are called in tables, and drawn.
+JUDGED = {"share_found": "share", "gradient_ratio": "gradients", "cosine": "cosine"}
 JUDGE_LINES = {"d_accuracy": "-", "d_accuracy_bound": "--", "share_found": ":", "cosine": "-."}
 
 
@@ -36,21 +37,23 @@ def heads_table(records: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def read_log(path: Path) -> dict[str, tuple[list, list]]:
+    """Of each column of a CSV log: millions of tokens trained on, and values, where there are any."""
+    with open(path, newline="") as file:
+        rows = list(csv.DictReader(file))
+    return {
+        key: tuple(zip(*[(int(r["tokens"]) / 1e6, float(r[key])) for r in rows if r[key]]))
+        for key in rows[0]
+    }
+
+
 def plot_training(folder: Path, names: list[str]) -> None:
     """training.png, from the CSV logs: losses, held-out acceptance, the discriminator's health."""
-
-    def read(name: str) -> dict[str, tuple[list, list]]:
-        with open(folder / f"{name}.csv", newline="") as file:
-            rows = list(csv.DictReader(file))
-        return {
-            key: tuple(zip(*[(int(r["tokens"]) / 1e6, float(r[key])) for r in rows if r[key]]))
-            for key in rows[0]
-        }
-
-    logs = {name: read(name) for name in names if (folder / f"{name}.csv").is_file()}
+    paths = {name: folder / f"{name}.csv" for name in names}
+    logs = {name: read_log(path) for name, path in paths.items() if path.is_file()}
     figure, axes = plt.subplots(2, 2, figsize=(11, 7.5), layout="constrained")
     if (folder / "target.csv").is_file():
-        axes[0, 0].plot(*read("target")["loss"], color="black")
+        axes[0, 0].plot(*read_log(folder / "target.csv")["loss"], color="black")
         axes[0, 0].set(title="Target: training loss", ylabel="cross entropy (nats)")
     else:  # it was trained elsewhere
         for name, log in logs.items():
@@ -67,7 +70,7 @@ def plot_training(folder: Path, names: list[str]) -> None:
     axes[0, 1].set(title=title, ylabel="L_sup", yscale="log")
     title = "Heads: estimated acceptance length, held-out text"
     axes[1, 0].set(title=title, ylabel="tokens per target pass")
-    title = "Discriminator: accuracy against its bound, share found, cosine with acceptance"
+    title = "Discriminator: accuracy, its bound, share found, cosine"
     axes[1, 1].set(title=title, ylabel="share")
     for axis in axes.flat:
         axis.set(xlabel="tokens trained on (millions)")
@@ -75,6 +78,82 @@ def plot_training(folder: Path, names: list[str]) -> None:
         if axis.get_legend_handles_labels()[0]:
             axis.legend(fontsize=8)
     figure.savefig(folder / "training.png", dpi=120)
+    plt.close(figure)
+
+
+def ablation_table(result: dict) -> str:
+    """An ablation's cells as Markdown, means over seeds; all taus are estimates, on held-out text."""
+    lines = ["| cell | seeds | parameters | tokens | minutes | agreement 1, 4 | tau, greedy "]
+    lines[0] += "| tau at temperature 1 (q at its best) | against | ratio, greedy "
+    lines[0] += "| ratio at temperature 1 (q at its best) | discriminator |"
+    lines.append("|---|---|---|---|---|---|---|---|---|---|---|---|")
+    for cell, row in result["cells"].items():
+        heads = list(row["heads"].values())
+        mean = {key: np.mean([head[key] for head in heads]) for key in heads[0]}
+        ratio = {
+            key: " ± ".join(f"{value:.3f}" for value in interval)
+            for key, interval in row["ratios"].items()
+        }
+        cells = [
+            cell,
+            len(heads),
+            f"{mean['parameters'] / 1e6:.2f} M",
+            f"{mean['head_tokens'] / 1e6:.2f} M",
+            f"{mean['seconds'] / 60:.1f}",
+            f"{mean['agree_1']:.3f}, {mean['agree_4']:.3f}",
+            f"{mean['tau_estimate']:.3f}",
+            f"{mean['tau_sampled']:.3f} ({mean['tau_tuned']:.3f} at {mean['heat']:.2g})",
+            row["against"] or "",
+            ratio.get("tau_estimate", ""),
+            f"{ratio['tau_sampled']} ({ratio['tau_tuned']})" if ratio else "",
+            ", ".join(f"{name} {mean[key]:.2f}" for key, name in JUDGED.items() if key in mean),
+        ]
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines)
+
+
+def plot_games(logs: dict[str, Path], path: Path) -> None:
+    """The course of the game in several runs, a column each: what to look for is in README."""
+    rows = [
+        (("d_accuracy", "d_accuracy_bound"), "how often D is right, and its bound"),
+        (("share_found",), "share found"),
+        (("cosine",), "cosine with acceptance"),
+        (("gradient_ratio",), "gradient, adversarial / supervised"),
+        (("tau_estimate",), "tau, estimated, held out"),
+    ]
+    shape = dict(figsize=(9, 11), sharex=True, sharey="row", layout="constrained")
+    figure, axes = plt.subplots(len(rows), len(logs), **shape)
+    for axis, (_, label) in zip(axes[:, 0], rows):
+        axis.set_ylabel(label)
+    for column, (name, log) in zip(axes.T, logs.items()):
+        column[0].set_title(name)
+        column[-1].set_xlabel("tokens trained on (millions)")
+        columns = read_log(log)
+        for axis, (keys, _) in zip(column, rows):
+            for key, line in zip(keys, ("-", "--")):
+                axis.plot(*columns[key], line, marker=".", color="tab:blue")
+            axis.grid(alpha=0.3)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def plot_cells(result: dict, path: Path) -> None:
+    """An ablation's cells: a bar each, the mean; a dot a head."""
+    cells = result["cells"]
+    figure, axes = plt.subplots(1, 2, figsize=(11, 1.5 + 0.35 * len(cells)), sharey=True)
+    panels = [("tau_estimate", "greedy"), ("tau_sampled", "at temperature 1")]
+    for axis, (key, how) in zip(axes, panels):
+        for place, (cell, row) in enumerate(cells.items()):
+            values = [head[key] for head in row["heads"].values()]
+            color = "tab:blue" if cell.startswith("eagle") else "tab:orange"
+            axis.barh(place, np.mean(values), color=color, alpha=0.6)
+            axis.plot(values, [place] * len(values), "k.", markersize=5)
+        axis.set(title=f"tau {how}, estimated on held-out text", xlim=(1.0, None))
+        axis.grid(axis="x", alpha=0.3)
+    axes[0].set_yticks(range(len(cells)), list(cells))
+    axes[0].invert_yaxis()
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
     plt.close(figure)
 
 
@@ -189,5 +268,6 @@ def readme_tables(text: str) -> str:
         name, rest = part.split(".json -->", 1)
         after = rest[rest.index("<!-- end -->") :]
         result = json.loads((RESULTS / f"{name}.json").read_text())
-        parts[index] = f"{name}.json -->\n{bench_tables(result)}\n{after}"
+        tables = ablation_table if "cells" in result else bench_tables
+        parts[index] = f"{name}.json -->\n{tables(result)}\n{after}"
     return "<!-- results/".join(parts)

@@ -8,8 +8,18 @@ import pytest
 import torch
 
 import ablation
-from ablation import CELLS, STUDENT, AblationConfig, control_of, interval, recipe_of, settings_of
+from ablation import (
+    CELLS,
+    GAMES,
+    STUDENT,
+    AblationConfig,
+    control_of,
+    interval,
+    recipe_of,
+    settings_of,
+)
 from cli import UserError
+from features import HEATS
 from head_training import HeadTraining
 from model import load_checkpoint, load_target, save_checkpoint
 from recipe import head_settings
@@ -66,10 +76,10 @@ def test_the_wide_head_is_as_large_as_two_layers(recipe):
 def test_a_cell_is_compared_with_one_that_differs_in_one_ingredient(cell):
     other = control_of(cell)
     assert other in CELLS and other.split("-")[0] == cell.split("-")[0]
-    if cell.endswith(("koala", "exact", "window", "0.03", "0.3")):  # D, and nothing else
+    if cell.endswith(("koala", "exact", "window", "unbalanced", "0.03", "0.3")):
+        of_d = ("adversarial_weight", "discriminator", "discriminator_lr")  # and nothing else
         flags, others = (
-            {k: v for k, v in CELLS[c].items() if k not in ("adversarial_weight", "discriminator")}
-            for c in (cell, other)
+            {k: v for k, v in CELLS[c].items() if k not in of_d} for c in (cell, other)
         )
         assert flags == others and CELLS[other]["adversarial_weight"] == 0
 
@@ -77,7 +87,7 @@ def test_a_cell_is_compared_with_one_that_differs_in_one_ingredient(cell):
 def test_an_interval_is_students():
     mean, half = interval([1.0, 2.0, 3.0, 4.0, 5.0])
     assert mean == 3 and half == pytest.approx(2.776 * math.sqrt(2.5 / 5), rel=2e-3)
-    assert math.isnan(interval([1.0])[1]) and STUDENT[2] == pytest.approx(12.706, rel=1e-3)
+    assert interval([1.0]) == [1.0] and STUDENT[2] == pytest.approx(12.706, rel=1e-3)
 
 
 def test_cells_are_trained_once_and_pairs_of_seeds_compared(call, folder):
@@ -87,7 +97,8 @@ def test_cells_are_trained_once_and_pairs_of_seeds_compared(call, folder):
     status, out, err = call(ablation.main, *flags, "0", "1")
     assert status == 0, err
     folder = folder / "ablation"
-    cells = json.loads((folder / "ablation-tokens.json").read_text())["cells"]
+    rows = json.loads((folder / "ablation-tokens.json").read_text())["cells"]
+    cells = {cell: row["heads"] for cell, row in rows.items()}
     assert {c: set(seeds) for c, seeds in cells.items()} == {
         "eagle-k2": {"0", "1"},
         "eagle-koala": {"0", "1"},
@@ -101,12 +112,27 @@ def test_cells_are_trained_once_and_pairs_of_seeds_compared(call, folder):
         f"| eagle-k2 | {mean:.3f} ± {half:.3f} |" in out
         and (folder / "ablation-tokens.png").is_file()
     )
+    for seed in "01":
+        row = cells["eagle-koala"][seed]
+        alphas = [row[f"alpha_{i}"] for i in range(1, 5)]
+        assert row["tau_sampled"] == pytest.approx(
+            1 + sum(math.prod(alphas[:i]) for i in (1, 2, 3, 4))
+        )
+        assert row["tau_tuned"] >= row["tau_sampled"] and row["heat"] in HEATS
     before = {path: path.read_bytes() for path in folder.glob("*.pt")}
     status, out, err = call(ablation.main, *flags, "0")
     assert status == 0 and out.count("trained already") == 2 and "± " in out  # nothing is forgotten
     assert before == {path: path.read_bytes() for path in folder.glob("*.pt")}
     status, _, err = call(ablation.main, *flags[:-3], "eagle-k2", "--head_tokens", "768")
     assert status == 2 and "head_tokens 512" in err
+
+
+def test_two_games_are_drawn_side_by_side(call, folder):
+    flags = ["--out_dir", folder, "--preset", "smoke", "--device", "cpu", "--dtype", "float32"]
+    flags += ["--head_tokens", "4096", "--head_data_tokens", "4000", "--cells"]
+    picture = folder / "ablation/games.png"
+    assert call(ablation.main, *flags, GAMES[0])[0] == 0 and not picture.exists()
+    assert call(ablation.main, *flags, GAMES[1])[0] == 0 and picture.is_file()
 
 
 def test_a_judge_of_runs_is_never_shown_shorter_ones(call, folder):

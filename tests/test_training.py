@@ -27,7 +27,7 @@ from discriminator import (
     jensen_shannon,
 )
 from draft_head import Guess, HeadConfig, build_head
-from features import DRAFT_POSITIONS, Features, bits_per_byte, measure_acceptance, spread
+from features import DRAFT_POSITIONS, HEATS, Features, bits_per_byte, measure_acceptance, spread
 from game import Game, lk_loss
 from head_training import HeadTraining
 from model import GPT, GPTConfig
@@ -537,6 +537,9 @@ def test_the_first_position_is_measured_as_training_sees_it(kind):
         assert rank == pytest.approx(torch.stack(right).mean().item(), abs=1e-6)
         assert mass == pytest.approx(torch.stack(p_of).mean().item(), abs=1e-5)
     assert measured["alpha_1"] == pytest.approx(torch.stack(alpha).mean().item(), abs=1e-5)
+    for heat, alphas in zip(HEATS, by_rank["heated"], strict=True):
+        hot = [acceptance(p[:, t + 1].softmax(-1), (q[:, t] / heat).softmax(-1)) for t in places]
+        assert alphas[0] == pytest.approx(torch.stack(hot).mean().item(), abs=1e-5)
 
 
 def test_only_drafts_of_what_is_to_be_learnt_are_measured():
