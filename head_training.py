@@ -92,8 +92,9 @@ class HeadTraining:
         """The batch without what the head has no token for: there is no right guess there."""
         return batch._replace(learn=batch.learn & (self.head.vocabulary.places(batch.tokens) >= 0))
 
-    def discriminator_step(self, batch: Batch, guess: Guess) -> None:
-        """One step of the discriminator on this guess."""
+    def discriminator_step(self, batch: Batch, guess: Guess, rate: float = 1.0) -> None:
+        """One step of the discriminator on this guess, at this share of its learning rate."""
+        self.d_optimizer.param_groups[0]["lr"] = self.config.discriminator_lr * rate
         self.d_optimizer.zero_grad()
         with self.autocast():
             loss = self.game.discriminator_loss(guess, batch)
@@ -118,14 +119,15 @@ class HeadTraining:
         """One step of the head; in the joint part one of D before it. Figures if `log`.
 
         `batch` is one of `known`. `joint`: whether L_adv is played yet. `own_steps`: draft positions
-        that EAGLE learns from by now. `rate`: of the head's peak learning rate; D's is constant.
+        that EAGLE learns from by now. `rate`: of both peak learning rates; beside a head that hardly
+        moves any more, a D that still leaps forgets what it knew (LOG.md).
         """
         if not self.teaches(batch, own_steps):
             return {}
         with self.autocast():
             guess = self.head(batch, own_steps)
         if joint and self.discriminator is not None:
-            self.discriminator_step(batch, guess)
+            self.discriminator_step(batch, guess, rate)
         values, weight = {}, self.weight if joint else 0.0
         with self.autocast():
             if log:  # the same gradient in two parts, to tell one from the other

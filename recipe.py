@@ -137,7 +137,7 @@ class TrainConfig:
     head_mlp_width: int = option(0, "of EAGLE's layers; 0: that of the target's")
     supervised_share: float = option(0.6, "of the head's steps before the discriminator joins")
     discriminator_steps: int = option(200, "of D alone before it joins")
-    discriminator_lr: float = option(2e-3, "of D, constant")
+    discriminator_lr: float = option(1e-3, "of D; it falls with the head's")
     batch_tokens: int = option(4096, "tokens a step")
     cache_gb: float = option(2.0, "hidden states kept in memory; recomputed beyond that")
     seed: int = option(0, "of weights, batches and noise")

@@ -406,6 +406,19 @@ def test_a_batch_with_nothing_to_learn_changes_nothing(name, joint):
     assert not all(torch.equal(a, b) for a, b in zip(before, state_of(training), strict=True))
 
 
+def test_the_discriminator_slows_down_with_the_head():
+    """Both still at the end: a D that leapt on there would have the last word."""
+    training, features = head_training()
+    batch = features.batch(torch.arange(4))
+    training.step(batch, True, 1)
+    weights = [*training.head.parameters(), *training.discriminator.parameters()]
+    before = [w.clone() for w in weights]
+    training.step(batch, True, 1, rate=0.0)
+    assert all(torch.equal(a, b) for a, b in zip(before, weights))
+    training.discriminator_alone(batch)  # before the game it learns at its full rate
+    assert not torch.equal(before[-2], weights[-2])
+
+
 @pytest.mark.parametrize("name", ["medusa", "eagle"])
 def test_a_head_learns_in_the_smallest_window_too(name):
     training, features = head_training(name, window=2 * DRAFT_POSITIONS)
