@@ -77,7 +77,10 @@ class AblationConfig:
     preset: str = option("cpu", "what heads were trained by in that run", choices=[*PRESETS])
     cells: list[str] | None = option(None, f"of {', '.join(CELLS)}; default: all", nargs="+")
     seeds: list[int] | None = option(
-        None, "of weights, batches and noise, a head of each; default: the run's", nargs="+"
+        None,
+        "of weights, batches and noise: a head of each, and a table of these alone; default: the "
+        "run's, and a table of all",
+        nargs="+",
     )
     head_tokens: int | None = option(None, "tokens the recipe's head trains on; default: its own")
     head_data_tokens: int | None = option(
@@ -154,13 +157,17 @@ def figures(record: dict, folder: Path) -> dict:
     return kept | shape | {"head_tokens": tokens} | judged(folder, record["name"])
 
 
-def collect(folder: Path, equal: str, target_print: str) -> dict:
-    """results[cell][seed] of all heads trained so far. Raises UserError for one of another target."""
+def collect(folder: Path, equal: str, target_print: str, seeds: list[int] | None = None) -> dict:
+    """results[cell][seed] of the heads trained so far, of these seeds; None: of all.
+
+    Raises UserError for a head of another target.
+    """
     results, end = {}, "-seconds" if equal == "seconds" else ""
     for cell in CELLS:
         for path in sorted(folder.glob(f"{cell}-seed*{end}.pt")):
             seed = path.stem.removeprefix(f"{cell}-seed").removesuffix(end)
-            if seed.isdigit():  # not a head that is still being trained, nor one of equal seconds
+            # Not a head that is still being trained, nor one of equal seconds.
+            if seed.isdigit() and (seeds is None or int(seed) in seeds):
                 head = load_checkpoint(path, "draft head")
                 if head["target"] != target_print:
                     raise UserError(f"{path} was trained for another target: remove it")
@@ -248,7 +255,7 @@ def main() -> None:
                 print(f"{one.head}: trained already")
                 continue
             train_head(one, one.head, target, wanted, train, valid, autocast)
-    cells = compared(collect(folder, config.equal, checkpoint["fingerprint"]))
+    cells = compared(collect(folder, config.equal, checkpoint["fingerprint"], config.seeds))
     result = {"target": checkpoint["fingerprint"], "equal": config.equal, "cells": cells}
     name, shown = f"ablation-{config.equal}", ablation_table(result)
     write_json(folder / f"{name}.json", result)

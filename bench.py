@@ -39,7 +39,7 @@ from figures import evaluate, is_loop
 from model import check_prompt, load_checkpoint
 from prompts import check_prompts, load_prompts
 from recipe import HEADS, text_packages
-from report import README, bench_tables, plot_bench, readme_tables
+from report import README, RESULTS, bench_tables, plot_bench, plot_gain, readme_tables
 from runs import find_run, head_path, load, load_head
 from sampling import Sampler, argmax
 from speculate import generate
@@ -77,7 +77,7 @@ class BenchConfig:
     runs: int = option(3, "repetitions of every timing")
     seed: int = option(0, "of sampling and of the bootstrap")
     name: str = option("bench", "of the result files, written to OUT_DIR/bench/")
-    readme: bool = option(False, "only rewrite README's tables from results/*.json")
+    readme: bool = option(False, "only rewrite README's tables and plot from results/*.json")
     device: str = option("auto", "auto, cpu or cuda")
     dtype: str = option("auto", "to decode in", choices=["auto", "float32", "bfloat16", "float64"])
     compile: bool = option(False, "have torch compile the target's layers")
@@ -270,6 +270,7 @@ def main() -> None:
     config = parse(BenchConfig)
     if config.readme:
         README.write_text(readme_tables(README.read_text()))
+        plot_gain(RESULTS / "koala-gain.png")
         return
     folder = find_run(config.out_dir)
     names = config.heads or [name for name in HEADS if (folder / f"{name}.pt").is_file()]

@@ -14,6 +14,8 @@ matplotlib.use("Agg")  # no window: plots go to files
 import matplotlib.pyplot as plt
 import numpy as np
 
+# The results that show what eagle-koala gains over eagle, by what their targets are called there.
+GAINS = {"small GPT, 16 layers": "cpu-greedy", "SmolLM2, 30 layers": "smollm2-greedy"}
 README = Path(__file__).with_name("README.md")
 RESULTS = Path(__file__).with_name("results")
 # The discriminator's figures, see discriminator.py: how they are called in tables, and drawn.
@@ -257,6 +259,52 @@ def plot_bench(result: dict, path: Path) -> None:
     right.set(title="Chance of acceptance, given that all before were")
     right.legend(fontsize=8, ncols=2)
     right.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def plot_gain(path: Path) -> None:
+    """What eagle-koala gains over eagle: in speed, were its layers cheaper, and in training.
+
+    Speed is tau / (c_verify + c_draft). In a target of twice the depth a draft layer costs half as
+    much of a plain step: so the left panel lets both heads' c_draft shrink, tau as it was measured.
+    """
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    for color, (name, file) in zip(("tab:blue", "tab:orange"), GAINS.items()):
+        result = json.loads((RESULTS / f"{file}.json").read_text())
+        heads = result["figures"]["heads"]
+        against = result["figures"]["comparisons"]["eagle-koala"][0]
+        one, two = (heads[head]["c_draft"] for head in ("eagle", "eagle-koala"))
+        verify = heads["eagle-koala"]["c_verify"]
+        share = np.geomspace(0.02, 1.5, 100)  # of what drafting costs today
+
+        def net(share, ratio: float, one=one, two=two, verify=verify):
+            return ratio * (verify + share * one) / (verify + share * two)
+
+        layer, ratio = two - one, against["tau_ratio"]
+        band = [net(share, r) for r in against["tau_ratio_interval"]]
+        left.plot(share * layer, net(share, ratio), color=color, label=f"{name}: tau x {ratio:.3f}")
+        left.fill_between(share * layer, *band, color=color, alpha=0.15)
+        left.plot(layer, net(1.0, ratio), "o", color=color)
+        per_step = result["training"]["eagle"]["settings"]["batch_tokens"] / 1e6
+        first, second = (
+            {row["step"] * per_step: row["tau_estimate"] for row in result["training"][head]["log"]}
+            for head in ("eagle", "eagle-koala")
+        )
+        tokens = sorted(first.keys() & second.keys())
+        gains = [second[t] / first[t] for t in tokens]
+        right.plot(tokens, gains, marker="o", color=color, label=name)
+    for level, label in ((1.0, "as fast as eagle"), (1.1057, "the least gain that KOALA reports")):
+        left.axhline(level, color="gray", linestyle="--" if level == 1 else ":", label=label)
+    left.set_xscale("log")
+    left.set_xticks([0.01, 0.03, 0.1, 0.3], ["0.01", "0.03", "0.1", "0.3"])
+    left.set(xlabel="the second layer in a chain of 4, in plain steps (dot: measured)")
+    left.set(title="Net speed against eagle, were draft layers cheaper", ylabel="ratio of speeds")
+    right.set(title="tau against eagle's, estimated on held-out text", ylabel="ratio of taus")
+    right.set(xlabel="tokens trained on (millions)")
+    for axis in (left, right):
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8)
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
