@@ -93,7 +93,7 @@ def ablation_table(result: dict) -> str:
         heads = list(row["heads"].values())
         mean = {key: np.mean([head[key] for head in heads]) for key in heads[0]}
         ratio = {
-            key: " ± ".join(f"{value:.3f}" for value in interval)
+            key: " ± ".join(f"{value:.4f}" for value in interval)
             for key, interval in row["ratios"].items()
         }
         cells = [

@@ -109,7 +109,7 @@ def test_cells_are_trained_once_and_pairs_of_seeds_compared(call, folder):
     ]
     mean, half = interval(ratios)
     assert (
-        f"| eagle-k2 | {mean:.3f} ± {half:.3f} |" in out
+        f"| eagle-k2 | {mean:.4f} ± {half:.4f} |" in out
         and (folder / "ablation-tokens.png").is_file()
     )
     for seed in "01":
@@ -122,9 +122,9 @@ def test_cells_are_trained_once_and_pairs_of_seeds_compared(call, folder):
     before = {path: path.read_bytes() for path in folder.glob("*.pt")}
     status, out, err = call(ablation.main, *flags, "1")
     assert status == 0 and out.count("trained already") == 2
-    assert "± " not in out and f"| {ratios[1]:.3f} |" in out  # of this pair alone
+    assert "± " not in out and f"| {ratios[1]:.4f} |" in out  # of this pair alone
     status, out, err = call(ablation.main, *flags[:-1])
-    assert status == 0 and f"{mean:.3f} ± {half:.3f}" in out  # nothing is forgotten
+    assert status == 0 and f"{mean:.4f} ± {half:.4f}" in out  # nothing is forgotten
     assert before == {path: path.read_bytes() for path in folder.glob("*.pt")}
     status, _, err = call(ablation.main, *flags[:-3], "eagle-k2", "--head_tokens", "768")
     assert status == 2 and "head_tokens 512" in err
