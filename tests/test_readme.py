@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from ablation import compared
 from figures import evaluate, is_loop
 from report import README, RESULTS, readme_tables
 
@@ -42,7 +43,8 @@ def test_every_link_of_readme_leads_somewhere():
 
 
 def test_every_flag_in_readme_exists():
-    sources = "".join(Path(ROOT / f).read_text() for f in ("recipe.py", "speculate.py", "bench.py"))
+    files = ("recipe.py", "speculate.py", "bench.py", "ablation.py")
+    sources = "".join(Path(ROOT / f).read_text() for f in files)
     for flag in set(re.findall(r"python \w+\.py[^`\n]*", README.read_text())):
         for name in re.findall(r"--(\w+)", flag):
             assert name == "help" or re.search(rf"^    {name}: ", sources, re.M), name
@@ -52,6 +54,10 @@ def test_results_hold_every_sample_behind_their_figures():
     """The figures of each committed result are those that its own samples give."""
     for path in sorted(RESULTS.glob("*.json")):
         result = json.loads(path.read_text())
+        if "cells" in result:  # an ablation
+            heads = {cell: row["heads"] for cell, row in result["cells"].items()}
+            assert_same(compared(heads), result["cells"])
+            continue
         seed, costs = result["config"]["seed"], result["isolated_seconds"]
         measured = result["samples"], result["seconds"], costs
         again = evaluate(result["methods"], seed, *measured)
@@ -67,7 +73,7 @@ def assert_same(ours, theirs, key: str = ""):
     elif isinstance(theirs, list) and theirs and isinstance(theirs[0], dict):
         for one, other in zip(ours, theirs, strict=True):
             assert_same(one, other, key)
-    elif isinstance(theirs, str):
+    elif theirs is None or isinstance(theirs, str):
         assert ours == theirs, key
     else:
         tolerance = 0.03 if "interval" in key else 1e-9
