@@ -13,12 +13,9 @@ eagle-koala eagle-k2 --seeds 1 2 3 4 5`: pairs of the same seed are compared), a
 bench.py, whose texts no choice was made on.
 """
 
-import csv
 import statistics
 from dataclasses import dataclass, fields, replace
 from functools import partial
-from itertools import accumulate
-from operator import mul
 from pathlib import Path
 
 from budget import Budget, step_seconds
@@ -28,10 +25,11 @@ from features import HEATS, measure_acceptance
 from head_training import HeadTraining
 from model import load_checkpoint, load_target
 from recipe import PRESETS, PRETRAINED, TrainConfig, head_settings
-from report import JUDGED, ablation_table, plot_cells, plot_games
+from report import JUDGED, ablation_table, plot_cells, plot_games, read_log
 from runs import find_run
 from stage import check_same, keep_freed_memory
 from train import choose_autocast, corpus, read_text, self_written, train_head
+from tree import chain, expected_length
 
 ORIGINAL = dict(layers=1, adversarial_weight=0.0)
 SUPERVISED = dict(adversarial_weight=0.0)  # the recipe's head without its discriminator
@@ -134,10 +132,8 @@ def settings_of(recipe: TrainConfig, cell: str, seed: int, target) -> TrainConfi
 
 def judged(folder: Path, name: str) -> dict[str, float]:
     """The last figures of the discriminator, from the head's log; none where it had none."""
-    with open(folder / f"{name}.csv", newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row.get("gradient_ratio")]
-    last = rows[-1] if rows else {}
-    return {key: float(last[key]) for key in JUDGED if last.get(key)}
+    log = read_log(folder / f"{name}.csv")
+    return {key: log[key][1][-1] for key in JUDGED if log.get(key)}
 
 
 def figures(record: dict, folder: Path) -> dict:
@@ -149,7 +145,9 @@ def figures(record: dict, folder: Path) -> dict:
     """
     valid = record["valid"]
     kept = {key: value for key, value in valid.items() if isinstance(value, float)}
-    lengths = [1 + sum(accumulate(alphas, mul)) for alphas in valid["heated"]]
+    # The rates of a chain: one guess at each position.
+    heated = [[[alpha] for alpha in alphas] for alphas in valid["heated"]]
+    lengths = [expected_length(rates, chain(len(rates))) for rates in heated]
     kept["tau_sampled"] = lengths[HEATS.index(1.0)]
     kept["tau_tuned"], kept["heat"] = max(zip(lengths, HEATS))
     shape = {key: record[key] for key in ("parameters", "seconds", "kept_step")}
@@ -195,11 +193,14 @@ def compared(results: dict) -> dict:
     that: mean and half of its interval over the seeds that both were trained with."""
     cells = {}
     for cell, heads in results.items():
-        other, ratios = control_of(cell), {}
-        seeds = sorted(set(heads) & set(results.get(other, ()))) if other != cell else ()
-        for key in RATIOS if seeds else ():
-            ratios[key] = interval([heads[s][key] / results[other][s][key] for s in seeds])
-        cells[cell] = {"heads": heads, "against": other if seeds else None, "ratios": ratios}
+        other, row = control_of(cell), {"heads": heads, "against": None, "ratios": {}}
+        seeds = sorted(heads.keys() & results.get(other, {}).keys())
+        if seeds and other != cell:
+            row["against"] = other
+            for key in RATIOS:
+                pairs = [(heads[s][key], results[other][s][key]) for s in seeds]
+                row["ratios"][key] = interval([ours / theirs for ours, theirs in pairs])
+        cells[cell] = row
     return cells
 
 

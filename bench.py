@@ -65,7 +65,7 @@ class BenchConfig:
         nargs="+",
         type=number_or_auto,
     )
-    num_prompts: int = option(40, "loop-free prompts wanted, from all tasks of the test text")
+    num_prompts: int = option(40, "loop-free prompts wanted, from all tasks of the held-out text")
     prompts_file: str | None = option(
         None, "instead: a UTF-8 file with a prompt a line, or *.jsonl as Spec-Bench has them"
     )
@@ -245,12 +245,12 @@ def measure(config: BenchConfig, target, ready: dict, prompts: list) -> tuple[li
     return samples, seconds
 
 
-def test_text(trained: dict) -> Text | None:
-    """The test part of the text that a target was trained on; None where that was elsewhere."""
+def held_out_text(trained: dict, split: str) -> Text | None:
+    """This part of the text that a target was trained on; None where that was elsewhere."""
     about = trained["training"]
     if "data" not in about:
         return None
-    text = Text(about["settings"]["data"], text_packages(about["settings"]), ("test",))
+    text = Text(about["settings"]["data"], text_packages(about["settings"]), (split,))
     if text.description["hash"] != about["data"]["hash"]:
         raise UserError("the text has changed since the target was trained: its split is unknown")
     text.use(trained["tokenizer"])
@@ -282,7 +282,7 @@ def main() -> None:
     weight = target.embed.weight
     print(f"run {folder}, {describe_device(weight.device)}, heads {', '.join(heads)}")
     print(f"{weight.dtype}: {target.why_dtype}")
-    text = test_text(trained)
+    text = held_out_text(trained, config.split)
     candidates = load_prompts(config, target, text, encoding)
     sampling = config.temperature, config.top_k, config.top_p, config.seed
     sampler = Sampler(weight.device, *sampling)
@@ -294,7 +294,7 @@ def main() -> None:
 
     on_text = None
     if text is not None:
-        rows = text.windows("test", target.config.context + 1)
+        rows = text.windows(config.split, target.config.context + 1)
         features = Features(target, spread(rows, 64), 1.0, nullcontext)
         on_text = {n: measure_acceptance(target, head, features, 64) for n, head in heads.items()}
     middle = statistics.median(len(prompt) + room // 2 for (_, prompt), room in zip(prompts, rooms))
@@ -314,7 +314,7 @@ def main() -> None:
         "config": asdict(config),
         "target": trained["training"],
         "training": {n: getattr(h, "training_record", None) for n, h in heads.items()},
-        "on_test_text": on_text,
+        "on_held_out_text": on_text,
         "isolated_seconds": costs,
         "baseline_share": share,
         "candidates": counts,

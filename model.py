@@ -97,6 +97,34 @@ class KVCache:
                 stored[..., start : self.length, :] = stored[..., start + path, :]
 
 
+class Rollout:
+    """Keys and values of several passes over one training window, in the place of a cache.
+
+    Pass 1 reads the target's true states. In pass j + 1 each guess reads what the head itself
+    guessed in pass j, as it does while drafting: it sees true states up to j places before, and
+    from there on its own guesses, those of the passes before it.
+    """
+
+    def __init__(self, num_layers: int):
+        self.keys = [[] for _ in range(num_layers)]
+        self.values = [[] for _ in range(num_layers)]
+
+    def write(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        self.keys[layer].append(keys)
+        self.values[layer].append(values)
+        return torch.cat(self.keys[layer], 2), torch.cat(self.values[layer], 2)
+
+    def advance(self, count: int) -> None:
+        """Every pass is over the same places."""
+
+    @staticmethod
+    def mask(length: int, own: int, device) -> Tensor:
+        """(T, (own + 1) T) bool: what a place sees after `own` guesses of the head's own."""
+        place = torch.arange(length, device=device)
+        before = place[:, None] - place  # (T, T): how far back a key lies
+        return torch.cat([before >= own, *(before == own - j for j in range(1, own + 1))], 1)
+
+
 class Rotary(nn.Module):
     """Tables of the rotary embedding, and which earlier positions each position may see.
 

@@ -103,15 +103,13 @@ def in_turn(questions: list[Question]) -> list[Question]:
 
 
 def load_prompts(config, target, text: Text | None, encoding) -> list:
-    """Candidates, (task, tokens) or questions: --prompts_file, or what is kept for testing.
+    """Candidates, (task, tokens) or questions: --prompts_file, or what is kept for this --split.
 
-    For a chat model these are the questions of prompts.jsonl, for others passages of the test text.
+    For a chat model these are questions of prompts.jsonl, for others passages of held-out text.
     """
     chat = target.chat
     if config.prompts_file is None and chat is None:
-        if config.split != "test":
-            raise UserError("--split valid: there are prompts for validation for chat models only")
-        found, left_out = from_documents(text.documents["test"], encoding, CANDIDATES)
+        found, left_out = from_documents(text.documents[config.split], encoding, CANDIDATES)
         if left_out:
             print(f"left out for want of prompts: {', '.join(left_out)}")
     else:

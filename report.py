@@ -115,7 +115,7 @@ def ablation_table(result: dict) -> str:
 
 
 def plot_games(logs: dict[str, Path], path: Path) -> None:
-    """The course of the game in several runs, a column each: what to look for is in README."""
+    """The course of the game in several runs, a column each: what to look for is in discriminator.py."""
     rows = [
         (("d_accuracy", "d_accuracy_bound"), "how often D is right, and its bound"),
         (("share_found",), "share found"),
@@ -276,16 +276,14 @@ def plot_gain(path: Path) -> None:
         against = result["figures"]["comparisons"]["eagle-koala"][0]
         one, two = (heads[head]["c_draft"] for head in ("eagle", "eagle-koala"))
         verify = heads["eagle-koala"]["c_verify"]
-        share = np.geomspace(0.02, 1.5, 100)  # of what drafting costs today
-
-        def net(share, ratio: float, one=one, two=two, verify=verify):
-            return ratio * (verify + share * one) / (verify + share * two)
-
         layer, ratio = two - one, against["tau_ratio"]
-        band = [net(share, r) for r in against["tau_ratio_interval"]]
-        left.plot(share * layer, net(share, ratio), color=color, label=f"{name}: tau x {ratio:.3f}")
-        left.fill_between(share * layer, *band, color=color, alpha=0.15)
-        left.plot(layer, net(1.0, ratio), "o", color=color)
+        share = np.geomspace(0.02, 1.5, 100)  # of what drafting costs today
+        cheaper = (verify + share * one) / (verify + share * two)
+        low, high = against["tau_ratio_interval"]
+        label = f"{name}: tau x {ratio:.3f}"
+        left.plot(share * layer, ratio * cheaper, color=color, label=label)
+        left.fill_between(share * layer, low * cheaper, high * cheaper, color=color, alpha=0.15)
+        left.plot(layer, ratio * (verify + one) / (verify + two), "o", color=color)
         per_step = result["training"]["eagle"]["settings"]["batch_tokens"] / 1e6
         first, second = (
             {row["step"] * per_step: row["tau_estimate"] for row in result["training"][head]["log"]}

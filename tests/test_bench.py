@@ -92,6 +92,17 @@ def test_bad_input_is_refused_before_anything_is_measured(measured, flags):
     assert "run 1/" not in out
 
 
+@pytest.mark.parametrize("split", ["valid", "test"])
+def test_prompts_come_from_the_split_that_was_asked_for(tiny_run, split):
+    target, _, encoding = bench.load(tiny_run.folder, None)
+    text = bench.held_out_text(
+        bench.load_checkpoint(tiny_run.folder / "target.pt", "target"), split
+    )
+    prompts = bench.load_prompts(bench.BenchConfig(split=split), target, text, encoding)
+    known = "\0".join(document.text for document in text.documents[split])
+    assert prompts and all(encoding.decode(tokens) in known for _, tokens in prompts)
+
+
 def test_a_window_too_small_for_the_usual_prompts_is_said(tiny_run, call):
     status, _, err = call(bench.main, "--out_dir", tiny_run.folder)
     assert status == 2 and err.count("\n") == 1
