@@ -28,7 +28,7 @@ from recipe import PRESETS, PRETRAINED, TrainConfig, head_settings
 from report import JUDGED, ablation_table, plot_cells, plot_games, read_log
 from runs import find_run
 from stage import check_same, keep_freed_memory
-from train import choose_autocast, corpus, read_text, self_written, train_head
+from train import Lessons, choose_autocast, read_text, train_head
 from tree import chain, expected_length
 
 ORIGINAL = dict(layers=1, adversarial_weight=0.0)
@@ -102,7 +102,7 @@ def recipe_of(config: AblationConfig, folder: Path, checkpoint: dict) -> TrainCo
     known = checkpoint["training"]["settings"]
     if "source" in known:
         # What that target has written by now is what there is to learn from.
-        values = PRETRAINED | {"target": known["source"], "minutes": None, "head_data_tokens": 1}
+        values = PRETRAINED | {"target": known["source"], "minutes": None, "written_tokens": 1}
         values |= {"preset": "pretrained", "context": known["context"]}
         if config.head_tokens is None:
             raise UserError("--head_tokens is needed beside a pretrained target")
@@ -124,7 +124,8 @@ def settings_of(recipe: TrainConfig, cell: str, seed: int, target) -> TrainConfi
         width = target.config.width
         flags["head_mlp_width"] = target.config.mlp_width + round(more / (3 * width))
     folder = str(recipe.folder / "ablation")
-    return replace(recipe, **flags, head=f"{cell}-seed{seed}", seed=seed, out_dir=folder)
+    one = replace(recipe, **flags, head=f"{cell}-seed{seed}", seed=seed, out_dir=folder)
+    return one.of_head(cell)
 
 
 # -------------------------------------------------------------------------------- the result
@@ -220,18 +221,16 @@ def main() -> None:
         known = checkpoint["training"]["settings"]
         check_same(run_folder / "target.pt", known, {"text": text.description["hash"]})
         text.use(checkpoint["tokenizer"])
-    if recipe.learns_from == "self":
-        budget = Budget(recipe, lambda rounds: False)
-        train, valid = self_written(recipe, target, checkpoint, text, budget, autocast)
-    else:
-        train, valid = corpus(recipe, target, text, autocast)
-    evaluate = partial(measure_acceptance, target, features=valid, count=64)
+    budget = Budget(recipe, lambda rounds: False)
+    lessons = Lessons(recipe, target, checkpoint, text, budget, autocast)
     folder = recipe.folder / "ablation"
     folder.mkdir(exist_ok=True)
     seconds = {}  # of a step
 
     def as_long(cell: str, one: TrainConfig) -> int:
         """Tokens for this cell, so that it takes as long as the recipe's head of its kind."""
+        train, valid = lessons.of(cell)
+        evaluate = partial(measure_acceptance, target, features=valid, count=64)
         base = settings_of(recipe, f"{cell.split('-')[0]}-koala", 0, target)
         for settings in (one, base):
             if settings.head not in seconds:
@@ -255,7 +254,7 @@ def main() -> None:
                 check_same(path, before, wanted)
                 print(f"{one.head}: trained already")
                 continue
-            train_head(one, one.head, target, wanted, train, valid, autocast)
+            train_head(one, one.head, target, wanted, *lessons.of(cell), autocast)
     cells = compared(collect(folder, config.equal, checkpoint["fingerprint"], config.seeds))
     result = {"target": checkpoint["fingerprint"], "equal": config.equal, "cells": cells}
     name, shown = f"ablation-{config.equal}", ablation_table(result)

@@ -5,7 +5,7 @@ that tells whether a second command goes on with the same run.
 """
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from cli import UserError, option
@@ -33,6 +33,7 @@ PRESETS = {
         mlp_width=128,
         target_tokens=250_000,
         head_data_tokens=65_000,
+        written_tokens=24_000,
         head_tokens=130_000,
         batch_tokens=2048,
         discriminator_steps=10,
@@ -47,10 +48,13 @@ PRESETS = {
         target_tokens=400_000_000,
         target_lr=6e-4,
         head_data_tokens=1_000_000,
+        written_tokens=1_000_000,
         head_tokens=40_000_000,
         batch_tokens=65_536,
     ),
 }
+
+WRITTEN_WINDOW = 256  # tokens of a text that the target writes
 
 # Beside a target from elsewhere (--target): for two CPU cores, but a GPU does more in the minutes.
 PRETRAINED = dict(
@@ -117,12 +121,18 @@ class TrainConfig:
         choices=["auto", "muon", "adamw"],
     )
     head_data: str = option(
-        "corpus",
-        "what heads learn from: corpus, the text; self, what the target writes itself",
-        choices=["corpus", "self"],
+        "auto",
+        "what heads learn from: corpus, the text; self, what the target writes itself; auto: self "
+        "for Medusa, which learns the tokens of its text, corpus for EAGLE, which learns p",
+        choices=["auto", "corpus", "self"],
     )
-    window: int | None = option(None, "tokens of each text they learn from; default: --context")
-    head_data_tokens: int = option(1_600_000, "tokens whose hidden states the heads learn from")
+    window: int | None = option(
+        None,
+        "tokens of each text they learn from; default: --context, or for what the target writes "
+        f"{WRITTEN_WINDOW}, since a small one goes round in circles later on",
+    )
+    head_data_tokens: int = option(1_600_000, "of the corpus, to learn from")
+    written_tokens: int = option(600_000, "for the target to write, to learn from")
     head_tokens: int = option(3_200_000, "tokens each head trains on, repeats included")
     draft_vocab: int = option(0, "tokens that a head can guess, the most frequent ones; 0: all")
     own_steps: int = option(1, "draft positions that EAGLE is trained on, from its own guesses on")
@@ -155,6 +165,7 @@ class TrainConfig:
             "mlp_width",
             "target_tokens",
             "head_data_tokens",
+            "written_tokens",
             "head_tokens",
             "batch_tokens",
             "window",
@@ -217,14 +228,20 @@ class TrainConfig:
         """S of a head for this target; 0 where that is all it has."""
         return self.draft_vocab if self.draft_vocab < target.config.vocab_size else 0
 
-    @property
-    def learns_from(self) -> str:
-        """What the heads of this run learn from: text that is given to a pretrained target counts."""
-        return "corpus" if self.target and self.data else self.head_data
+    def of_head(self, name: str) -> "TrainConfig":
+        """What the head of this name learns from, and in which windows, where that is left open."""
+        data, window = self.head_data, self.window
+        if self.target and self.data:  # text that is given to a pretrained target counts
+            data = "corpus"
+        elif data == "auto":
+            data = "self" if name.startswith("medusa") else "corpus"
+        if data == "self" and window is None:
+            window = min(WRITTEN_WINDOW, self.context)
+        return replace(self, head_data=data, window=window)
 
     @property
     def needs_text(self) -> bool:
-        return self.target is None or self.learns_from == "corpus"
+        return self.target is None or bool(self.data) or self.head_data != "self"
 
     def gpt(self, vocab_size: int) -> GPTConfig:
         return GPTConfig(
@@ -252,7 +269,7 @@ FREE = {"preset", "stage", "out_dir", "head", "layers", "adversarial_weight", "d
 FREE |= {"compile", "cache_gb", "optimizer"}  # each file records what it used of these
 FREE |= {"minutes", "more"}
 OF_HEADS = {"koala_weight", "discriminator", "head_data_tokens", "head_tokens", "head_lr"}
-OF_HEADS |= {"head_data", "window", "draft_vocab", "own_steps", "own_from"}
+OF_HEADS |= {"head_data", "written_tokens", "window", "draft_vocab", "own_steps", "own_from"}
 OF_HEADS |= {"supervised", "feature_weight", "head_mlp_width"}
 OF_HEADS |= {"supervised_share", "discriminator_steps", "discriminator_lr"}
 
@@ -268,11 +285,13 @@ def text_packages(settings: dict) -> tuple[str, ...]:
 
 
 def head_settings(config: TrainConfig, name: str, target_print: str) -> dict:
+    """What this head is known by; `config` is that `of_head`."""
     layers, weight = config.layers_and_weight(name)
     own = {"layers": layers, "adversarial_weight": weight, "target": target_print}
     unused = {"koala_weight"}  # it is in adversarial_weight already
+    unused |= {"head_data_tokens" if config.head_data == "self" else "written_tokens"}
     if config.minutes is not None:
-        unused |= {"head_tokens", "head_data_tokens"}  # as many as there was time for: budget.py
+        unused |= {"head_tokens", "written_tokens"}  # as many as there was time for: budget.py
     if weight == 0:
         unused |= {"discriminator", "discriminator_steps", "discriminator_lr", "supervised_share"}
     return settings(config, FREE | unused) | own

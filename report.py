@@ -14,8 +14,12 @@ matplotlib.use("Agg")  # no window: plots go to files
 import matplotlib.pyplot as plt
 import numpy as np
 
-# The results that show what eagle-koala gains over eagle, by what their targets are called there.
-GAINS = {"small GPT, 16 layers": "cpu-greedy", "SmolLM2, 30 layers": "smollm2-greedy"}
+# What shows the gain of a second layer, by what the target is called there: eagle-koala against
+# eagle in a benchmark, eagle-k2 against eagle-original in ablations.
+GAINS = {
+    "small GPT, 16 layers": ("cpu-greedy", ["ablation-pairs", "ablation-long"]),
+    "SmolLM2, 30 layers": ("smollm2-greedy", []),
+}
 README = Path(__file__).with_name("README.md")
 RESULTS = Path(__file__).with_name("results")
 # The discriminator's figures, see discriminator.py: how they are called in tables, and drawn.
@@ -25,15 +29,16 @@ JUDGE_LINES = {"d_accuracy": "-", "d_accuracy_bound": "--", "share_found": ":", 
 
 def heads_table(records: list[dict]) -> str:
     """The heads' held-out figures as Markdown."""
-    lines = ["| head | K | lambda | parameters | minutes | agreement at draft position 1, 2, .. |"]
-    lines[0] += " alpha at position 1 | tau, estimated |"
-    lines.append("|---|---|---|---|---|---|---|---|")
+    lines = ["| head | K | lambda | parameters | minutes | text | agreement at 1, 2, .. |"]
+    lines[0] += " alpha at 1 | tau, estimated |"
+    lines.append("|---|---|---|---|---|---|---|---|---|")
     for record in records:
         held_out, used = record["valid"], record["settings"]
         agree = ", ".join(f"{held_out[k]:.3f}" for k in held_out if k.startswith("agree"))
         lines.append(
             f"| {record['name']} | {used['layers']} | {used['adversarial_weight']:g} "
-            f"| {record['parameters'] / 1e6:.2f} M | {record['seconds'] / 60:.1f} | {agree} "
+            f"| {record['parameters'] / 1e6:.2f} M | {record['seconds'] / 60:.1f} "
+            f"| {used['head_data']} | {agree} "
             f"| {held_out['alpha_1']:.3f} | {held_out['tau_estimate']:.2f} |"
         )
     return "\n".join(lines)
@@ -115,23 +120,23 @@ def ablation_table(result: dict) -> str:
 
 
 def plot_games(logs: dict[str, Path], path: Path) -> None:
-    """The course of the game in several runs, a column each: what to look for is in discriminator.py."""
+    """The course of the game in several runs, a column each: discriminator.py has what to look for."""
     rows = [
-        (("d_accuracy", "d_accuracy_bound"), "how often D is right, and its bound"),
-        (("share_found",), "share found"),
-        (("cosine",), "cosine with acceptance"),
-        (("gradient_ratio",), "gradient, adversarial / supervised"),
-        (("tau_estimate",), "tau, estimated, held out"),
+        (("d_accuracy", "d_accuracy_bound"), "how often D is right\n(dashed: its bound)", {}),
+        (("share_found",), "share found\n(cut off at -1)", {"ylim": (-1, 1)}),
+        (("cosine",), "cosine with\nacceptance", {}),
+        (("gradient_ratio",), "gradients, adversarial\n/ supervised", {"yscale": "log"}),
+        (("tau_estimate",), "tau, estimated\non held-out text", {}),
     ]
-    shape = dict(figsize=(9, 11), sharex=True, sharey="row", layout="constrained")
+    shape = dict(figsize=(9, 10), sharex=True, sharey="row", layout="constrained")
     figure, axes = plt.subplots(len(rows), len(logs), **shape)
-    for axis, (_, label) in zip(axes[:, 0], rows):
-        axis.set_ylabel(label)
+    for axis, (_, label, scale) in zip(axes[:, 0], rows):
+        axis.set(ylabel=label, **scale)
     for column, (name, log) in zip(axes.T, logs.items()):
         column[0].set_title(name)
         column[-1].set_xlabel("tokens trained on (millions)")
         columns = read_log(log)
-        for axis, (keys, _) in zip(column, rows):
+        for axis, (keys, *_) in zip(column, rows):
             for key, line in zip(keys, ("-", "--")):
                 axis.plot(*columns[key], line, marker=".", color="tab:blue")
             axis.grid(alpha=0.3)
@@ -264,14 +269,19 @@ def plot_bench(result: dict, path: Path) -> None:
 
 
 def plot_gain(path: Path) -> None:
-    """What eagle-koala gains over eagle: in speed, were its layers cheaper, and in training.
+    """What eagle-koala gains over eagle: in speed, were its layers cheaper, and in tau by training.
 
     Speed is tau / (c_verify + c_draft). In a target of twice the depth a draft layer costs half as
     much of a plain step: so the left panel lets both heads' c_draft shrink, tau as it was measured.
+    The right one has finished heads only: while the learning rate is high, the gain is another.
     """
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
-    for color, (name, file) in zip(("tab:blue", "tab:orange"), GAINS.items()):
-        result = json.loads((RESULTS / f"{file}.json").read_text())
+
+    def read(name: str) -> dict:
+        return json.loads((RESULTS / f"{name}.json").read_text())
+
+    for color, (name, (bench, ablations)) in zip(("tab:blue", "tab:orange"), GAINS.items()):
+        result = read(bench)
         heads = result["figures"]["heads"]
         against = result["figures"]["comparisons"]["eagle-koala"][0]
         one, two = (heads[head]["c_draft"] for head in ("eagle", "eagle-koala"))
@@ -284,22 +294,21 @@ def plot_gain(path: Path) -> None:
         left.plot(share * layer, ratio * cheaper, color=color, label=label)
         left.fill_between(share * layer, low * cheaper, high * cheaper, color=color, alpha=0.15)
         left.plot(layer, ratio * (verify + one) / (verify + two), "o", color=color)
-        per_step = result["training"]["eagle"]["settings"]["batch_tokens"] / 1e6
-        first, second = (
-            {row["step"] * per_step: row["tau_estimate"] for row in result["training"][head]["log"]}
-            for head in ("eagle", "eagle-koala")
-        )
-        tokens = sorted(first.keys() & second.keys())
-        gains = [second[t] / first[t] for t in tokens]
-        right.plot(tokens, gains, marker="o", color=color, label=name)
+        one, two = (result["training"][head] for head in ("eagle", "eagle-koala"))
+        gain = two["valid"]["tau_estimate"] / one["valid"]["tau_estimate"]
+        points = [(two["settings"]["head_tokens"] / 1e6, gain, 0.0)]
+        for row in (read(ablation)["cells"]["eagle-k2"] for ablation in ablations):
+            tokens = max(head["head_tokens"] for head in row["heads"].values()) / 1e6
+            points.append((tokens, *row["ratios"]["tau_estimate"], 0.0)[:3])
+        right.errorbar(*zip(*sorted(points)), fmt="o", capsize=3, color=color, label=name)
     for level, label in ((1.0, "as fast as eagle"), (1.1057, "the least gain that KOALA reports")):
         left.axhline(level, color="gray", linestyle="--" if level == 1 else ":", label=label)
     left.set_xscale("log")
     left.set_xticks([0.01, 0.03, 0.1, 0.3], ["0.01", "0.03", "0.1", "0.3"])
     left.set(xlabel="the second layer in a chain of 4, in plain steps (dot: measured)")
     left.set(title="Net speed against eagle, were draft layers cheaper", ylabel="ratio of speeds")
-    right.set(title="tau against eagle's, estimated on held-out text", ylabel="ratio of taus")
-    right.set(xlabel="tokens trained on (millions)")
+    right.set(title="tau of two layers against one, on held-out text", ylabel="ratio of taus")
+    right.set(xlabel="tokens trained on (millions)", ylim=(1.0, None), xlim=(0.0, None))
     for axis in (left, right):
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)

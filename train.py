@@ -168,6 +168,28 @@ def self_written(config: TrainConfig, target, checkpoint: dict, text, budget: Bu
     return Written(target, written, held_out=False), Written(target, written, held_out=True)
 
 
+class Lessons:
+    """What heads learn from and are held to, each text made once and when it is first asked for."""
+
+    def __init__(
+        self, config: TrainConfig, target, checkpoint: dict, text, budget: Budget, autocast
+    ):
+        self.config, self.target, self.checkpoint = config, target, checkpoint
+        self.text, self.budget, self.autocast, self.found = text, budget, autocast, {}
+
+    def of(self, name: str) -> tuple:
+        """(train, valid) of the head of this name."""
+        config = self.config.of_head(name)
+        if config.head_data not in self.found:
+            if config.head_data == "self":
+                about = self.checkpoint, self.text, self.budget
+                pair = self_written(config, self.target, *about, self.autocast)
+            else:
+                pair = corpus(config, self.target, self.text, self.autocast)
+            self.found[config.head_data] = pair
+        return self.found[config.head_data]
+
+
 def rounds_of(checkpoint: dict) -> int:
     """How often this head was trained: once, and once more with each --more."""
     return len(checkpoint["training"].get("rounds", [0]))
@@ -182,21 +204,23 @@ def train_heads(config: TrainConfig, text: Text | None, device, autocast) -> Non
     target_print = checkpoint["fingerprint"]
     names = [config.head] if config.head else list(HEADS)
     paths = [folder / f"{name}.pt" for name in names]
-    train = valid = None
 
     def complete(rounds: int) -> bool:
         heads = (load_checkpoint(p, "draft head") if p.is_file() else None for p in paths)
         return all(head is not None and rounds_of(head) >= rounds for head in heads)
 
     budget = Budget(config, complete)
+    lessons = Lessons(config, target, checkpoint, text, budget, autocast)
 
     def cost(name: str) -> Seconds:
+        train, valid = lessons.of(name)
         evaluate = partial(measure_acceptance, target, features=valid, count=64)
-        return step_seconds(HeadTraining(config, name, target, autocast), train, evaluate)
+        training = HeadTraining(config.of_head(name), name, target, autocast)
+        return step_seconds(training, train, evaluate)
 
     for name in names:
-        path, before = folder / f"{name}.pt", None
-        wanted = head_settings(config, name, target_print)
+        path, before, own = folder / f"{name}.pt", None, config.of_head(name)
+        wanted = head_settings(own, name, target_print)
         if path.is_file():
             before = load_checkpoint(path, "draft head")
             changing = {"round", "head_tokens"} if config.minutes is not None else set()
@@ -205,22 +229,17 @@ def train_heads(config: TrainConfig, text: Text | None, device, autocast) -> Non
             if rounds_of(before) >= budget.round:
                 print(f"{name}: trained already")
                 continue
-        if train is None:
-            if config.learns_from == "self":
-                train, valid = self_written(config, target, checkpoint, text, budget, autocast)
-            else:
-                train, valid = corpus(config, target, text, autocast)
-            budget.share_out(names, cost)
+        lesson = lessons.of(name)
+        budget.share_out(names, cost)
         if config.minutes is not None:
             wanted |= {"round": budget.round, "head_tokens": budget.head_tokens(name)}
-        train_head(config, name, target, wanted, train, valid, autocast, before)
+        train_head(own, name, target, wanted, *lesson, autocast, before)
     found = [load_checkpoint(folder / f"{name}.pt", "draft head") for name in trained_heads(folder)]
     records = [head["training"] for head in found if head["target"] == target_print]
     (folder / "heads.md").write_text(heads_table(records) + "\n")
     plot_training(folder, [record["name"] for record in records])
-    own = config.learns_from == "self"
-    where = "held-out text of the target's own" if own else "validation text"
-    print(f"\nOn {where}, drafting along the text itself:\n\n{heads_table(records)}\n")
+    print("\nOn held-out text, of the corpus or of the target's own, drafting along it:")
+    print(f"\n{heads_table(records)}\n")
     print(f"written: {folder / 'heads.md'}, {folder / 'training.png'}")
 
 

@@ -20,7 +20,8 @@ torch.set_num_threads(1)  # tiny tensors: a second thread would only wait
 
 TINY = "--preset smoke --device cpu --dtype float32 --optimizer adamw --vocab_size 300 --context 32"
 TINY += " --num_layers 1 --width 32 --attention_heads 2 --mlp_width 32 --batch_tokens 256"
-TINY += " --target_tokens 20000 --head_data_tokens 4000 --head_tokens 8000 --discriminator_steps 3"
+TINY += " --target_tokens 20000 --head_data_tokens 4000 --written_tokens 4000"
+TINY += " --head_tokens 8000 --discriminator_steps 3"
 
 
 @dataclass

@@ -22,7 +22,7 @@ from features import Features, Text, measure_acceptance, spread
 from model import load_checkpoint, load_target
 from recipe import HEADS, TrainConfig
 from runs import load_head, trained_heads
-from selfwritten import Conversations
+from selfwritten import Conversations, Written
 from stage import Stage, check_same, schedule
 
 # ---------------------------------------------------------------------------- stage, resuming
@@ -99,7 +99,7 @@ def log_of(path) -> list[dict[str, str]]:
 def test_a_run_leaves_target_heads_logs_and_nothing_half_done(tiny_run):
     names = {path.name for path in tiny_run.folder.iterdir()}
     expected = {f"{name}.{end}" for name in ["target", *HEADS] for end in ("pt", "csv")}
-    assert names == expected | {"heads.md", "training.png"}
+    assert names == expected | {"conversations", "heads.md", "training.png"}
     for name in HEADS:
         record = load_checkpoint(tiny_run.folder / f"{name}.pt", "draft head")["training"]
         assert record["name"] == name and record["seconds"] > 0
@@ -129,15 +129,41 @@ def test_the_head_kept_is_the_one_that_drafted_best_on_validation_text(tiny_run)
     text = Text([str(tiny_run.data)], (), ("valid",))
     text.use(checkpoint["tokenizer"])
     rows = spread(text.windows("valid", target.config.context + 1), train.VALID_WINDOWS)
-    valid = Features(target, rows, 1.0, nullcontext)
+    about = {"target": checkpoint["fingerprint"], "length": 32, "width": 32}
+    written = Conversations(folder / "conversations", about)
+    valid = {
+        "eagle": Features(target, rows, 1.0, nullcontext),
+        "medusa": Written(target, written, held_out=True),
+    }
     for name in HEADS:
-        head = load_head(folder / f"{name}.pt", target)
-        measured = measure_acceptance(target, head, valid, count=64)["tau_estimate"]
+        head, held_out = load_head(folder / f"{name}.pt", target), valid[name.split("-")[0]]
+        measured = measure_acceptance(target, head, held_out, count=64)["tau_estimate"]
         rows = [row["tau_estimate"] for row in log_of(folder / f"{name}.csv")]
         scores = [float(value) for value in rows if value]
         assert measured == pytest.approx(max(scores), abs=1e-5)
         later += scores[-1] < max(scores)
     assert later > 0, "in this run the last was always the best: the test says nothing"
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_medusa_learns_what_the_target_writes_and_eagle_the_corpus(tiny_run, name):
+    used = load_checkpoint(tiny_run.folder / f"{name}.pt", "draft head")["training"]["settings"]
+    texts = {"medusa": ("self", "written_tokens"), "eagle": ("corpus", "head_data_tokens")}
+    text, amount = texts[name.split("-")[0]]
+    assert used["head_data"] == text
+    assert {"written_tokens", "head_data_tokens"} & used.keys() == {amount}
+
+
+def test_what_a_head_learns_from_can_be_chosen():
+    for kind in ("medusa", "eagle"):
+        for asked in ("corpus", "self"):
+            assert TrainConfig(head_data=asked).of_head(kind).head_data == asked
+        given = TrainConfig(target="model.gguf", preset="pretrained", head_data="self", data=["x"])
+        assert given.of_head(kind).head_data == "corpus"
+    assert TrainConfig().of_head("medusa").head_window == 256
+    assert TrainConfig(context=128).of_head("medusa").head_window == 128
+    assert TrainConfig(window=64).of_head("medusa").head_window == 64
+    assert TrainConfig().of_head("eagle").head_window == 512
 
 
 def test_only_the_joint_part_is_adversarial(tiny_run):
@@ -336,7 +362,7 @@ def test_a_round_follows_when_asked_for_and_when_the_last_one_is_complete(tmp_pa
 
 
 def test_without_minutes_the_amounts_are_those_of_the_flags(tmp_path):
-    flags = dict(minutes=None, head_tokens=5000, head_data_tokens=3200, more=True)
+    flags = dict(minutes=None, head_tokens=5000, written_tokens=3200, more=True)
     budget = new_budget(tmp_path, complete=True, **flags)
     budget.share_out(list(HEADS), not_again)
     assert budget.head_tokens("eagle") == 5000 and budget.round == 1

@@ -18,13 +18,13 @@ from data import build_encoding
 from sampling import distribution
 from selfwritten import (
     ASKING,
+    CONTINUING,
     TEMPERATURES,
     TURN_TOKENS,
     Continuations,
     Conversations,
     Turns,
     Written,
-    in_turn,
     write,
     write_until,
 )
@@ -139,7 +139,7 @@ def test_answers_are_written_at_several_temperatures_and_questions_at_one():
     first, second, third = TEMPERATURES
     expected = [first, ASKING, third, first]
     assert turns.temperatures().tolist() == pytest.approx(expected) and second != ASKING
-    assert Continuations(4, CPU).temperatures().tolist() == pytest.approx([*TEMPERATURES, first])
+    assert Continuations(4, CPU).temperatures().tolist() == pytest.approx([CONTINUING] * 4)
 
 
 # ------------------------------------------------------------------------------------- writing
@@ -174,7 +174,7 @@ def test_each_token_is_a_sample_of_the_targets_law_at_its_temperature(chatting):
     tokens, learn, _ = write(target, opening, length, turns, banned, generator(1))
     logits = target.lm_head(target(tokens[:, :-1].long())).float()
     logits[..., banned] = -torch.inf
-    p = distribution(logits / in_turn(count, CPU)[:, None, None], temperature=1.0)
+    p = distribution(logits / turns.heat[:, None, None], temperature=1.0)
     p, token = p[learn[:, 1:]], tokens[:, 1:][learn[:, 1:]].long()
     assert len(token) > 1000 and set(token.tolist()) == set(few)
     # Where the token fell in the cumulated law, somewhere in its own share of it: a uniform number.
@@ -204,7 +204,7 @@ def few_at_once(monkeypatch):
 
 def written_in(folder, chat, batches: int) -> Conversations:
     written = Conversations(folder, {"target": "t", "length": 50, "width": 16, "seed": 5})
-    openings = None if chat else torch.arange(40, 100).view(12, 5)
+    openings = None if chat else torch.arange(40, 130).view(18, 5)
     enough = lambda windows, seconds: windows >= 6 * batches  # noqa: E731
     write_until(written, chat_target(), ENCODING, chat, openings, enough)
     return written
