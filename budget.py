@@ -57,10 +57,10 @@ class Budget:
         """The number of the last round, from 1."""
         return max(1, len(self.rounds))
 
-    def enough(self, windows: int, seconds: float) -> bool:
-        """Whether the target has written enough, so many windows in so much time."""
+    def enough(self, tokens: int, seconds: float) -> bool:
+        """Whether the target has written enough, so many tokens in so much time."""
         if self.config.minutes is None:
-            return windows * self.config.head_window >= self.config.written_tokens
+            return tokens >= self.config.written_tokens
         if self.rounds[-1]["tokens"]:  # heads have begun to learn from what there is
             return True
         return seconds >= 60 * WRITING * sum(r["minutes"] for r in self.rounds)

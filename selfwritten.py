@@ -261,7 +261,7 @@ def write(target, opening: Tensor, length: int, turns, banned: Tensor, generator
 
 
 def write_until(written: Conversations, target, encoding, chat, openings, enough) -> None:
-    """Have the target write until `enough(windows, seconds)`; an interrupt costs the last batch.
+    """Have the target write until `enough(tokens, seconds)`; an interrupt costs the last batch.
 
     In chats, or, where `chat` is None, going on from some of `openings` (N, P). Raises UserError
     for a window in which nothing can be written.
@@ -279,7 +279,7 @@ def write_until(written: Conversations, target, encoding, chat, openings, enough
     if chat is None:
         order = torch.Generator().manual_seed(written.about["seed"])
         order = torch.randperm(len(openings), generator=order)
-    while not enough(written.count, written.seconds):
+    while not enough(written.count * length, written.seconds):
         begin = time.monotonic()
         # Of the windows written before alone: a run that was interrupted writes what it would have.
         seed = written.about["seed"] * 1_000_003 + written.count

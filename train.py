@@ -161,6 +161,9 @@ def self_written(config: TrainConfig, target, checkpoint: dict, text, budget: Bu
     chat = Chat.of(encoding, checkpoint["tokenizer"])
     openings = None
     if chat is None:
+        if text is None:  # of a pretrained target that knows no chats, which is known only now
+            text = read_text(config)
+            text.use(checkpoint["tokenizer"])
         openings = text.windows("train", min(OPENING, config.head_window // 2)).long()
     writer = copy.deepcopy(target).to(autocast.dtype)  # as it will be when it decodes
     write_until(written, writer, encoding, chat, openings, budget.enough)

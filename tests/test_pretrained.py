@@ -22,6 +22,7 @@ import speculate
 import train
 from cli import UserError
 from data import build_encoding, encode
+from features import Text
 from model import load_target
 from pretrained import PACKAGED, find_source, import_target
 from pretrained_bpe import DIGITS, GPT2
@@ -474,6 +475,20 @@ def test_the_same_command_finds_a_pretrained_run_complete(chat_run, call):
     status, out, err = call(train.main, *flags)
     assert status == 0 and "target: imported already" in out, err
     assert out.count("trained already") == 4
+
+
+def test_heads_of_a_target_without_a_chat_format_learn_from_how_it_goes_on(
+    tmp_path, text_folder, call, monkeypatch
+):
+    """From passages of the default text, which is another one here for the sake of time."""
+    Gguf(template=None).write(tmp_path / "tiny.gguf")
+    monkeypatch.setattr("selfwritten.ON_CPU", 40)
+    monkeypatch.setattr(train, "Text", lambda paths, *about: Text([str(text_folder)], *about))
+    flags = ["--target", tmp_path / "tiny.gguf", "--out_dir", tmp_path / "run", "--head", "eagle"]
+    flags += ["--device", "cpu", "--dtype", "float32", "--context", "128", "--window", "60"]
+    status, out, err = call(train.main, *flags, "--batch_tokens", "120", "--minutes", "0.02")
+    assert status == 0 and "40 texts of 60 tokens" in out, err
+    assert (tmp_path / "run" / "eagle.pt").is_file()
 
 
 def test_a_chat_model_is_asked_and_answers(chat_run, call):

@@ -366,7 +366,7 @@ def test_without_minutes_the_amounts_are_those_of_the_flags(tmp_path):
     budget = new_budget(tmp_path, complete=True, **flags)
     budget.share_out(list(HEADS), not_again)
     assert budget.head_tokens("eagle") == 5000 and budget.round == 1
-    assert budget.enough(100, 0.0) and not budget.enough(99, 1e9)
+    assert budget.enough(3200, 0.0) and not budget.enough(3199, 1e9)
     assert not list(tmp_path.iterdir())
 
 

@@ -205,7 +205,7 @@ def few_at_once(monkeypatch):
 def written_in(folder, chat, batches: int) -> Conversations:
     written = Conversations(folder, {"target": "t", "length": 50, "width": 16, "seed": 5})
     openings = None if chat else torch.arange(40, 130).view(18, 5)
-    enough = lambda windows, seconds: windows >= 6 * batches  # noqa: E731
+    enough = lambda tokens, seconds: tokens >= 6 * 50 * batches  # noqa: E731
     write_until(written, chat_target(), ENCODING, chat, openings, enough)
     return written
 
