@@ -17,6 +17,7 @@ faster. `best_size` chooses the size of the draft that the model likes best.
 import copy
 import statistics
 import time
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -207,8 +208,8 @@ def size_costs(target, head, sizes: list, temperature: float = 0.0) -> tuple[dic
     """Seconds of passes {tokens: s} and of making drafts {(gamma, is it a tree): s}.
 
     sizes: pairs (gamma, nodes). The passes and the drafts take turns for about SECONDS, at least
-    twice after a round that does not count: a large target takes longer. (Alternating among all of
-    these is harder on the caches than decoding is; it is meant to compare sizes, and is brief.)
+    twice after a round that does not count: a large target takes longer. Each comes after what it
+    comes after in decoding, which is not timed.
     """
     context, longest = target.config.context, max(gamma for gamma, _ in sizes)
     most = max(nodes or gamma for gamma, nodes in sizes) + 1
@@ -221,10 +222,14 @@ def size_costs(target, head, sizes: list, temperature: float = 0.0) -> tuple[dic
     for gamma, nodes in sizes:
         drafts[gamma, nodes > 0] = plan_draft(head, gamma, nodes, target)
     jobs |= {key: (bench.timed, bench.drafting(head, plan)) for key, plan in drafts.items()}
+    # Before a plain step another one, before a verification a draft, before a draft a verification.
+    before = dict.fromkeys(counts, bench.drafting(head, next(iter(drafts.values()))))
+    before |= dict.fromkeys(drafts, partial(bench.read, most)) | {1: partial(bench.read, 1)}
     samples = {name: [] for name in jobs}
     begin, rounds = time.perf_counter(), 0
     while rounds < 3 or time.perf_counter() - begin < SECONDS:
         for name, (job, argument) in jobs.items():
+            before[name]()
             samples[name].append(job(argument))
         rounds += 1
     seconds = {name: statistics.median(values[1:]) for name, values in samples.items()}

@@ -118,6 +118,20 @@ def test_every_job_is_measured_and_leaves_its_cache_as_it_was():
     assert set(drafts) == {(1, False), (2, False), (2, True)}
 
 
+def test_a_plain_step_is_measured_after_a_plain_step(monkeypatch):
+    """As in plain decoding: after anything else it takes longer, and all drafts would look cheap."""
+    read = [0]
+
+    def cold_or_warm(bench, count: int) -> float:
+        read.append(count)
+        return 1.0 if read[-2] == count else 9.0
+
+    monkeypatch.setattr("costs.Bench.read", cold_or_warm)
+    target = tiny_target()
+    passes, _ = size_costs(target, tiny_head("eagle", 1, target), [(2, 0)])
+    assert passes == {1: 1.0, 2: 9.0, 3: 9.0}
+
+
 def test_a_size_says_what_it_is():
     assert str(Size(4, 0, 3.0, 1.2, 0.3)).startswith("a chain of 4 (expected: tau 3.00")
     assert str(Size(4, 9, 3.0, 1.2, 0.3)).startswith("a tree of 9 tokens, at most 4 deep (")
