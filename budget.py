@@ -61,15 +61,16 @@ class Budget:
         """Whether the target has written enough, so many tokens in so much time."""
         if self.config.minutes is None:
             return tokens >= self.config.written_tokens
-        if self.rounds[-1]["tokens"]:  # heads have begun to learn from what there is
-            return True
+        shared_out = self.rounds[-1]["tokens"]
+        if any(self.config.of_head(kind).head_data == "self" for kind in shared_out):
+            return True  # heads have begun to learn from what there is
         return seconds >= 60 * WRITING * sum(r["minutes"] for r in self.rounds)
 
     def share_out(self, names: list[str], measure: Callable[[str], Seconds]) -> None:
         """Decide how many tokens the heads of each kind learn from, unless it is decided."""
         if self.config.minutes is None:
             return
-        tokens, per_step = self.rounds[-1]["tokens"], self.config.head_tokens_per_step
+        tokens = self.rounds[-1]["tokens"]
         for kind, share in KINDS.items():
             members = [name for name in names if name.startswith(kind)]
             if kind in tokens or not members:
@@ -77,7 +78,7 @@ class Budget:
             costs = [measure(name) for name in members]
             left = 60 * self.rounds[-1]["minutes"] * TRAINING * share - sum(c.once for c in costs)
             steps = max(10, int(left / sum(c.step for c in costs)))
-            tokens[kind] = steps * per_step
+            tokens[kind] = steps * self.config.of_head(kind).head_tokens_per_step
             print(f"{' and '.join(members)}: {steps} steps, {tokens[kind]:,} tokens each")
         self.save()
 

@@ -184,7 +184,7 @@ class Size(NamedTuple):
 
 
 def expected_tau(head, gamma: int, nodes: int, temperature: float) -> float:
-    """tau by what a head's guesses were worth on validation text, all positions independent.
+    """tau by what a head's guesses were worth on held-out text, all positions independent.
 
     Greedily by how often each guess was the target's choice. Else, from figures at temperature 1,
     by alpha for a chain, by the target's p of each guess for a growing tree, and for a sampled one
@@ -223,8 +223,9 @@ def size_costs(target, head, sizes: list, temperature: float = 0.0) -> tuple[dic
         drafts[gamma, nodes > 0] = plan_draft(head, gamma, nodes, target)
     jobs |= {key: (bench.timed, bench.drafting(head, plan)) for key, plan in drafts.items()}
     # Before a plain step another one, before a verification a draft, before a draft a verification.
-    before = dict.fromkeys(counts, bench.drafting(head, next(iter(drafts.values()))))
-    before |= dict.fromkeys(drafts, partial(bench.read, most)) | {1: partial(bench.read, 1)}
+    deepest = bench.drafting(head, drafts[max(drafts)])
+    before = dict.fromkeys(counts, deepest) | dict.fromkeys(drafts, partial(bench.read, most))
+    before[1] = partial(bench.read, 1)
     samples = {name: [] for name in jobs}
     begin, rounds = time.perf_counter(), 0
     while rounds < 3 or time.perf_counter() - begin < SECONDS:

@@ -129,10 +129,12 @@ class TrainConfig:
     window: int | None = option(
         None,
         "tokens of each text they learn from; default: --context, or for what the target writes "
-        f"{WRITTEN_WINDOW}, since a small one goes round in circles later on",
+        f"{WRITTEN_WINDOW}, since a small one repeats itself later on",
     )
     head_data_tokens: int = option(1_600_000, "of the corpus, to learn from")
-    written_tokens: int = option(300_000, "for the target to write, to learn from")
+    written_tokens: int = option(
+        300_000, "for the target to write, to learn from; with what it goes on from"
+    )
     head_tokens: int = option(3_200_000, "tokens each head trains on, repeats included")
     draft_vocab: int = option(0, "tokens that a head can guess, the most frequent ones; 0: all")
     own_steps: int = option(1, "draft positions that EAGLE is trained on, from its own guesses on")

@@ -307,7 +307,7 @@ def plot_gain(path: Path) -> None:
     left.set_xticks([0.01, 0.03, 0.1, 0.3], ["0.01", "0.03", "0.1", "0.3"])
     left.set(xlabel="the second layer in a chain of 4, in plain steps (dot: measured)")
     left.set(title="Net speed against eagle, were draft layers cheaper", ylabel="ratio of speeds")
-    right.set(title="tau of two layers against one, on held-out text", ylabel="ratio of taus")
+    right.set(title="tau of two layers against one (bars: over seeds)", ylabel="ratio of taus")
     right.set(xlabel="tokens trained on (millions)", ylim=(1.0, None), xlim=(0.0, None))
     for axis in (left, right):
         axis.grid(alpha=0.3)

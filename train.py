@@ -14,7 +14,7 @@ D alone on the head as it stands, the two alternate on each batch:
     head  one step on L_G = L_sup + lambda * L_adv     D held fixed
 
 lambda = 0 is the original head: same batches, same number of head steps, and no D. The checkpoint
-kept is the one that would accept most of its drafts on validation text, not that of lowest loss.
+kept is the one that would accept most of its drafts on held-out text, not that of lowest loss.
 
 `python train.py` trains the target and four heads: {medusa, eagle} x {original: K = 1, lambda = 0;
 KOALA: K = 2, lambda > 0}. It can be interrupted at any time: the same command goes on where it
@@ -49,7 +49,7 @@ from recipe import (
 )
 from report import heads_table, plot_training
 from runs import save_head, trained_heads
-from selfwritten import RULES, Conversations, Written, write_until
+from selfwritten import CHATS, TEXTS, Conversations, Written, write_until
 from stage import (
     LOG_LINES,
     Autocast,
@@ -62,7 +62,7 @@ from stage import (
 )
 from train_target import train_target
 
-EVALUATIONS = 10  # of each head on validation text
+EVALUATIONS = 10  # of each head on held-out text
 VALID_WINDOWS = 128  # that they are measured on
 OPENING = 64  # tokens of the text that a target without a chat format goes on from
 
@@ -149,16 +149,16 @@ def corpus(config: TrainConfig, target, text: Text, autocast) -> tuple[Features,
 
 def self_written(config: TrainConfig, target, checkpoint: dict, text, budget: Budget, autocast):
     """What heads learn from and are held to: what the target writes, by now or from now on."""
+    encoding = data.build_encoding(checkpoint["tokenizer"])
+    chat = Chat.of(encoding, checkpoint["tokenizer"])
     about = {
         "target": checkpoint["fingerprint"],
         "length": config.head_window,
         "width": target.config.width,
         "seed": config.seed,
-        "rules": RULES,
+        "rules": TEXTS if chat is None else CHATS,
     }
     written = Conversations(config.folder / "conversations", about)
-    encoding = data.build_encoding(checkpoint["tokenizer"])
-    chat = Chat.of(encoding, checkpoint["tokenizer"])
     openings = None
     if chat is None:
         if text is None:  # of a pretrained target that knows no chats, which is known only now

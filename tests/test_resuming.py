@@ -343,6 +343,11 @@ def test_writing_ends_when_its_share_of_the_time_is_over_or_heads_have_begun(tmp
     assert budget.enough(0, 0.0)  # what they learn from must not change under them
     more = new_budget(tmp_path, complete=True, more=True, minutes=5.0)
     assert more.enough(0, 900 * WRITING) and not more.enough(0, 900 * WRITING - 0.1)
+    # EAGLE, which learns from the corpus here, is no reason to write nothing for Medusa.
+    (tmp_path / "eagle first").mkdir()
+    later = new_budget(tmp_path / "eagle first")
+    later.share_out(["eagle"], COSTS.get)
+    assert not later.enough(0, 0.0)
 
 
 def test_a_round_follows_when_asked_for_and_when_the_last_one_is_complete(tmp_path):
@@ -415,7 +420,7 @@ def test_the_same_command_by_minutes_changes_nothing(rounds, call):
 
 def test_text_written_by_other_rules_is_not_gone_on_with(rounds, call, monkeypatch):
     folder, argv = rounds
-    monkeypatch.setattr(train, "RULES", "older")
+    monkeypatch.setattr(train, "TEXTS", "older")
     status, _, err = call(train.main, *argv, "--more")
     assert status == 2 and "was written with rules" in err and "Traceback" not in err
 
