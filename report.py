@@ -268,6 +268,11 @@ def plot_bench(result: dict, path: Path) -> None:
     plt.close(figure)
 
 
+def read_result(name: str) -> dict:
+    """What bench.py or ablation.py found, as it is committed."""
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
 def plot_gain(path: Path) -> None:
     """What eagle-koala gains over eagle: in speed, were its layers cheaper, and in tau by training.
 
@@ -276,12 +281,8 @@ def plot_gain(path: Path) -> None:
     The right one has finished heads only: while the learning rate is high, the gain is another.
     """
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
-
-    def read(name: str) -> dict:
-        return json.loads((RESULTS / f"{name}.json").read_text())
-
     for color, (name, (bench, ablations)) in zip(("tab:blue", "tab:orange"), GAINS.items()):
-        result = read(bench)
+        result = read_result(bench)
         heads = result["figures"]["heads"]
         against = result["figures"]["comparisons"]["eagle-koala"][0]
         one, two = (heads[head]["c_draft"] for head in ("eagle", "eagle-koala"))
@@ -297,9 +298,10 @@ def plot_gain(path: Path) -> None:
         one, two = (result["training"][head] for head in ("eagle", "eagle-koala"))
         gain = two["valid"]["tau_estimate"] / one["valid"]["tau_estimate"]
         points = [(two["settings"]["head_tokens"] / 1e6, gain, 0.0)]
-        for row in (read(ablation)["cells"]["eagle-k2"] for ablation in ablations):
+        for row in (read_result(ablation)["cells"]["eagle-k2"] for ablation in ablations):
             tokens = max(head["head_tokens"] for head in row["heads"].values()) / 1e6
-            points.append((tokens, *row["ratios"]["tau_estimate"], 0.0)[:3])
+            mean, *half = row["ratios"]["tau_estimate"]  # of a single pair there is no interval
+            points.append((tokens, mean, *(half or [0.0])))
         right.errorbar(*zip(*sorted(points)), fmt="o", capsize=3, color=color, label=name)
     for level, label in ((1.0, "as fast as eagle"), (1.1057, "the least gain that KOALA reports")):
         left.axhline(level, color="gray", linestyle="--" if level == 1 else ":", label=label)
@@ -322,7 +324,7 @@ def readme_tables(text: str) -> str:
     for index, part in enumerate(parts[1:], start=1):
         name, rest = part.split(".json -->", 1)
         after = rest[rest.index("<!-- end -->") :]
-        result = json.loads((RESULTS / f"{name}.json").read_text())
+        result = read_result(name)
         tables = ablation_table if "cells" in result else bench_tables
         parts[index] = f"{name}.json -->\n{tables(result)}\n{after}"
     return "<!-- results/".join(parts)

@@ -279,8 +279,8 @@ def write_until(written: Conversations, target, encoding, chat, openings, enough
     if needed >= length:
         raise UserError(f"--window {length} is too small: chats begin with up to {needed} tokens")
     if chat is None:
-        order = torch.Generator().manual_seed(written.about["seed"])
-        order = torch.randperm(len(openings), generator=order)
+        shuffle = torch.Generator().manual_seed(written.about["seed"])
+        openings = openings[torch.randperm(len(openings), generator=shuffle)]
     while not enough(written.count * length, written.seconds):
         begin = time.monotonic()
         # Of the windows written before alone: a run that was interrupted writes what it would have.
@@ -291,7 +291,7 @@ def write_until(written: Conversations, target, encoding, chat, openings, enough
             turns = Turns(chat, at_once, device, generator)
         else:
             # None of them twice before each was taken: nearly greedy texts would be the same.
-            opening = openings[order[(written.count + torch.arange(at_once)) % len(order)]]
+            opening = openings[(written.count + torch.arange(at_once)) % len(openings)]
             turns = Continuations(at_once, device)
         rows = write(target, opening.to(device), length, turns, banned, generator)
         seconds = time.monotonic() - begin
