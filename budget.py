@@ -97,7 +97,7 @@ def step_seconds(training, train, evaluate: Callable) -> Seconds:
     config = training.config
     training.start(train)
     index = torch.arange(config.head_windows_per_step) % len(train.windows)
-    batch = training.known(train.batch(index))
+    batch = training.lesson(train.batch(index))
 
     def timed(job, *arguments, repeats: int = 4) -> float:
         samples = []

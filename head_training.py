@@ -78,7 +78,7 @@ class HeadTraining:
         self.ready()
         count = 2**14 // self.config.head_window  # windows; tokens enough for a thousand unknowns
         sample = spread(torch.arange(len(train.windows)), count)
-        self.head.prepare(self.target, self.known(train.batch(sample)))
+        self.head.prepare(self.target, self.lesson(train.batch(sample)))
 
     def ready(self) -> None:
         """After `start`, or once a head that goes on training has its weights."""
@@ -88,9 +88,17 @@ class HeadTraining:
             self.discriminator.judge_by(self.game.lm_head)
         self.head.train()
 
-    def known(self, batch: Batch) -> Batch:
-        """The batch without what the head has no token for: there is no right guess there."""
-        return batch._replace(learn=batch.learn & (self.head.vocabulary.places(batch.tokens) >= 0))
+    def lesson(self, batch: Batch) -> Batch:
+        """The batch with what the head is to learn of it marked.
+
+        Who learns p learns from every token: p teaches the target's language also where someone
+        else speaks. Who learns tokens takes the target's own. And what the head has no token for,
+        it cannot learn.
+        """
+        learn = batch.learn
+        if self.head.learns_law or self.config.supervised == "lk":
+            learn = torch.ones_like(learn)
+        return batch._replace(learn=learn & (self.head.vocabulary.places(batch.tokens) >= 0))
 
     def discriminator_step(self, batch: Batch, guess: Guess, rate: float = 1.0) -> None:
         """One step of the discriminator on this guess, at this share of its learning rate."""
@@ -118,7 +126,7 @@ class HeadTraining:
     def step(self, batch: Batch, joint: bool, own_steps: int, rate=1.0, log=False) -> dict:
         """One step of the head; in the joint part one of D before it. Figures if `log`.
 
-        `batch` is one of `known`. `joint`: whether L_adv is played yet. `own_steps`: draft positions
+        `batch` is a `lesson`. `joint`: whether L_adv is played yet. `own_steps`: draft positions
         that EAGLE learns from by now. `rate`: of both peak learning rates; beside a head that hardly
         moves any more, a D that still leaps forgets what it knew (LOG.md).
         """

@@ -48,13 +48,13 @@ PRESETS = {
         target_tokens=400_000_000,
         target_lr=6e-4,
         head_data_tokens=1_000_000,
-        written_tokens=1_000_000,
+        written_tokens=4_000_000,
         head_tokens=40_000_000,
         batch_tokens=65_536,
     ),
 }
 
-WRITTEN_WINDOW = 256  # tokens of a text that the target writes
+WRITTEN_WINDOW = 128  # tokens of a text that the target writes
 
 # Beside a target from elsewhere (--target): for two CPU cores, but a GPU does more in the minutes.
 PRETRAINED = dict(
@@ -133,7 +133,7 @@ class TrainConfig:
     )
     head_data_tokens: int = option(1_600_000, "of the corpus, to learn from")
     written_tokens: int = option(
-        300_000, "for the target to write, to learn from; with what it goes on from"
+        900_000, "for the target to write, to learn from; with what it goes on from"
     )
     head_tokens: int = option(3_200_000, "tokens each head trains on, repeats included")
     draft_vocab: int = option(0, "tokens that a head can guess, the most frequent ones; 0: all")

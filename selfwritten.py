@@ -16,13 +16,11 @@ program. `BEGINNINGS` are spread over the uses that people make of such models (
 Many conversations are written at once, one token each per pass: all are equally long, so that they
 need no padding, and the weights are read once for all. Answers are written at several temperatures,
 since decoding will be asked for both, certain text and varied text. `learn` marks the answers, the
-token included that ends them: heads are held to these, and take their vocabulary from these. They
-learn from every token, since the target's p after a question's words teaches its language as well
-(LOG.md: tau 1.44 against 1.42 from answers alone, by equal time, one seed).
+token included that ends them: heads are held to these, and take their vocabulary from these.
 
 A target that knows no conversations goes on with passages of a text, nearly greedily, since greedy
-text is what its heads will mostly be asked for (LOG.md: Medusa's tau 1.85 so, 1.77 at temperatures
-of 0.2 and 0.5, 1.36 from human text; at temperature 1 it has 3 % less than from human text).
+text is what its heads will mostly be asked for. Such text soon turns in circles, and a loop has
+nothing to teach: texts are short, and what only repeats is not `learn`t.
 
 The hidden state behind every token falls out of the writing, so it is kept, not computed again: in
 float16, in files that are mapped into memory and may be larger than it.
@@ -44,6 +42,8 @@ from sampling import sample_many
 
 TEMPERATURES = (0.2, 0.5, 0.9)  # of answers, in turn
 CONTINUING = 0.05  # temperature of texts that are no conversations
+OPENING = 32  # tokens of other text that these go on from
+LOOP = 8  # tokens: a run of so many that was there before is a loop
 ASKING = 0.8  # temperature of questions: at 1 a small model asks nonsense
 ON_CPU, ON_GPU = 192, 1024  # texts written at once: more of them gain nothing any more
 CACHE_BYTES = 8e9  # the most that their keys and values may take
@@ -75,7 +75,10 @@ BEGINNINGS = (
 # What all of this comes to: text written by other rules is not gone on with.
 CHATS, TEXTS = (
     hashlib.sha256(repr(rules).encode()).hexdigest()[:8]
-    for rules in ((TEMPERATURES, ASKING, TURN_TOKENS, FREE, BEGINNINGS), CONTINUING)
+    for rules in (
+        (TEMPERATURES, ASKING, TURN_TOKENS, FREE, BEGINNINGS),
+        (CONTINUING, OPENING, LOOP),
+    )
 )
 
 
@@ -149,7 +152,7 @@ class Written:
 
     def __init__(self, target, conversations: Conversations, held_out: bool):
         """One window in twenty is held out, and never learnt from."""
-        self.target, self.conversations, self.held_out = target, conversations, held_out
+        self.target, self.conversations = target, conversations
         numbers = torch.arange(conversations.count)
         self.numbers = numbers[(numbers % 20 == 0) == held_out]
         self.windows = conversations.tokens[self.numbers]  # (N, T + 1), as in Features
@@ -157,9 +160,7 @@ class Written:
     def batch(self, index: Tensor) -> Batch:
         weight, written = self.target.embed.weight, self.conversations
         picks = self.numbers[index]
-        learn = written.learn[picks]
-        learn = learn if self.held_out else torch.ones_like(learn)
-        parts = written.tokens[picks].long(), written.hidden[picks], learn
+        parts = written.tokens[picks].long(), written.hidden[picks], written.learn[picks]
         tokens, hidden, learn = (part.to(weight.device) for part in parts)
         return Batch(tokens, hidden.to(weight.dtype), learn)
 
@@ -233,6 +234,18 @@ class Continuations:
         return choice, torch.ones_like(choice, dtype=torch.bool)
 
 
+def news(tokens: Tensor) -> Tensor:
+    """Which tokens (B, T) do not end a run of `LOOP` tokens that their text has had before (B, T)."""
+    fresh = torch.ones(tokens.shape, dtype=torch.bool)
+    for text, marks in zip(tokens.tolist(), fresh):
+        seen = set()
+        for end in range(LOOP, len(text) + 1):
+            run = tuple(text[end - LOOP : end])
+            marks[end - 1] = run not in seen
+            seen.add(run)
+    return fresh.to(tokens.device)
+
+
 @torch.inference_mode()
 def write(target, opening: Tensor, length: int, turns, banned: Tensor, generator):
     """Go on from `opening` (B, P) to T + 1 tokens, T = `length`, one pass a token for all.
@@ -293,9 +306,12 @@ def write_until(written: Conversations, target, encoding, chat, openings, enough
             # None of them twice before each was taken: nearly greedy texts would be the same.
             opening = openings[(written.count + torch.arange(at_once)) % len(openings)]
             turns = Continuations(at_once, device)
-        rows = write(target, opening.to(device), length, turns, banned, generator)
+        opening = opening.to(device)
+        tokens, learn, hidden = write(target, opening, length, turns, banned, generator)
+        if chat is None:
+            learn = learn & news(tokens)
         seconds = time.monotonic() - begin
-        written.append(*rows, seconds)
+        written.append(tokens, learn, hidden, seconds)
         print(
             f"written: {written.count:,} texts of {length} tokens, {written.learn.sum().item():,} "
             f"tokens to learn, {at_once * length / seconds:,.0f} tokens/s",

@@ -49,7 +49,7 @@ from recipe import (
 )
 from report import heads_table, plot_training
 from runs import save_head, trained_heads
-from selfwritten import CHATS, TEXTS, Conversations, Written, write_until
+from selfwritten import CHATS, OPENING, TEXTS, Conversations, Written, write_until
 from stage import (
     LOG_LINES,
     Autocast,
@@ -64,7 +64,6 @@ from train_target import train_target
 
 EVALUATIONS = 10  # of each head on held-out text
 VALID_WINDOWS = 128  # that they are measured on
-OPENING = 64  # tokens of the text that a target without a chat format goes on from
 
 
 def train_head(
@@ -93,7 +92,7 @@ def train_head(
 
     def batch(step: int, seed: int) -> Batch:
         torch.manual_seed(seed * 7919 + step)  # the noise on EAGLE's input: of this step's own
-        return training.known(train.batch(batch_indices(len(train.windows), per_step, step, seed)))
+        return training.lesson(train.batch(batch_indices(len(train.windows), per_step, step, seed)))
 
     for step in stage:
         if step == joint_from and training.discriminator is not None:

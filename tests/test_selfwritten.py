@@ -19,12 +19,14 @@ from sampling import distribution
 from selfwritten import (
     ASKING,
     CONTINUING,
+    LOOP,
     TEMPERATURES,
     TURN_TOKENS,
     Continuations,
     Conversations,
     Turns,
     Written,
+    news,
     write,
     write_until,
 )
@@ -319,6 +321,17 @@ def test_a_damaged_index_is_refused(tmp_path, index):
         Conversations(tmp_path, ABOUT)
 
 
+def test_a_loop_is_news_in_its_first_round_alone():
+    word = list(range(LOOP))  # the shortest loop that can be one
+    text = [90, *word, 91, *word, *word[:3], 92, 93]
+    marks = news(torch.tensor([text, list(range(len(text)))]))
+    # Back at the word's end all of it was there before; what follows was not.
+    assert [i for i, new in enumerate(marks[0].tolist()) if not new] == [2 * LOOP + 1]
+    assert marks[1].all()
+    short = news(torch.tensor([[1, 2] * LOOP]))[0].tolist()
+    assert short == [i < LOOP + 1 for i in range(2 * LOOP)]  # a run's first, and one a token later
+
+
 # ------------------------------------------------------------------------------ as heads learn it
 
 
@@ -347,8 +360,7 @@ def test_a_batch_is_the_windows_asked_for_with_their_states(tmp_path):
         rows = part.numbers[index]
         assert torch.equal(tokens, conversations.tokens[rows].long()) and hidden.dtype.itemsize == 8
         assert torch.equal(tokens, part.windows[index].long())
-        # A head is held to the answers, and learns from every token.
-        assert torch.equal(learn, conversations.learn[rows]) if part.held_out else learn.all()
+        assert torch.equal(learn, conversations.learn[rows])
         assert torch.equal(hidden.half(), conversations.hidden[rows])
 
 

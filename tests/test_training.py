@@ -425,13 +425,26 @@ def test_a_head_learns_in_the_smallest_window_too(name):
     assert "loss_sup" in training.step(features.batch(torch.arange(4)), False, 1, log=True)
 
 
+@pytest.mark.parametrize(
+    "name, flags", [("eagle", {}), ("medusa", {}), ("medusa", {"supervised": "lk"})]
+)
+def test_who_learns_p_learns_from_every_token_and_who_learns_tokens_from_the_targets_own(
+    name, flags
+):
+    training, features = head_training(name, **flags)
+    batch = features.batch(torch.arange(4))
+    batch.learn[:, ::3] = False
+    learn = training.lesson(batch).learn
+    assert learn.all() if name == "eagle" or flags else torch.equal(learn, batch.learn)
+
+
 @pytest.mark.parametrize("name", ["medusa-koala", "eagle-koala"])
 def test_a_draft_vocabulary_is_made_of_the_most_frequent_tokens_and_alone_is_learnt(name):
     training, features = head_training(name, own_steps=3, draft_vocab=16)
     known = training.head.vocabulary.tokens
     counts = features.windows.flatten().bincount(minlength=40)
     assert counts[known].min() >= counts.sort().values[-16]
-    batch = training.known(features.batch(torch.arange(4)))
+    batch = training.lesson(features.batch(torch.arange(4)))
     assert torch.equal(batch.learn, torch.isin(batch.tokens, known))
     assert all(rows.shape[-1] == 16 for rows in training.head(batch, 3).logits)
     weight = training.target.lm_head.weight[known]

@@ -110,7 +110,7 @@ def test_a_head_is_trained_against_it():
 
     flags = dict(discriminator="window", own_steps=3, own_from=0.5, draft_vocab=16)
     training, features = head_training("eagle-koala", **flags)
-    batch = training.known(features.batch(torch.arange(4)))
+    batch = training.lesson(features.batch(torch.arange(4)))
     training.discriminator_alone(batch)
     values = training.step(batch, True, 3, log=True)
     assert values["gradient_ratio"] > 0 and 0 <= values["d_accuracy"] <= 1
