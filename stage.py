@@ -143,6 +143,7 @@ class Stage:
             writer = csv.DictWriter(file, columns)
             writer.writeheader()
             writer.writerows(self.rows)
+        hand_back_gaps()
 
     def finish(self) -> None:
         self.path.unlink(missing_ok=True)
@@ -169,20 +170,33 @@ def batch_indices(count: int, per_step: int, step: int, seed: int) -> Tensor:
     return torch.cat(picks)
 
 
+def glibc():
+    """The C library, where it is glibc: on Linux."""
+    try:
+        libc = ctypes.CDLL("libc.so.6")
+        return libc if hasattr(libc, "mallopt") and hasattr(libc, "malloc_trim") else None
+    except OSError:
+        return None
+
+
 def keep_freed_memory() -> None:
     """Ask glibc to keep freed memory: a step frees and takes the same gigabyte again.
 
     Handed back to the system and cleared by it each time, it cost 10 % of the training time on two
     cores. Elsewhere than on Linux there is nothing to do.
     """
-    try:
-        libc = ctypes.CDLL("libc.so.6")
+    if libc := glibc():
         # M_MMAP_THRESHOLD: take large blocks from the heap as well, but not the largest: of ever
         # new sizes they leave gaps in it, until 24 GB are full. Old versions refuse more than 32 MB.
         libc.mallopt(-3, 34 << 20) or libc.mallopt(-3, 32 << 20)
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: and never shrink it
-    except (OSError, AttributeError):
-        pass
+
+
+def hand_back_gaps() -> None:
+    """Give back what lies unused between blocks in use: where each batch has as many rows as it has
+    tokens to learn, no block has the size of the last one, and gaps grow to gigabytes."""
+    if libc := glibc():
+        libc.malloc_trim(0)
 
 
 def is_due(step: int, steps: int, times: int) -> bool:
