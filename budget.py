@@ -80,7 +80,7 @@ class Budget:
             steps = max(10, int(left / sum(c.step for c in costs)))
             tokens[kind] = steps * self.config.of_head(kind).head_tokens_per_step
             print(f"{' and '.join(members)}: {steps} steps, {tokens[kind]:,} tokens each")
-        self.save()
+            self.save()
 
     def head_tokens(self, name: str) -> int:
         """How many tokens the head of this name trains on in this round."""

@@ -96,7 +96,7 @@ class HeadTraining:
         it cannot learn.
         """
         learn = batch.learn
-        if self.head.learns_law or self.config.supervised == "lk":
+        if self.game.label_is_law:
             learn = torch.ones_like(learn)
         return batch._replace(learn=learn & (self.head.vocabulary.places(batch.tokens) >= 0))
 

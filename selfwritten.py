@@ -236,14 +236,15 @@ class Continuations:
 
 def news(tokens: Tensor) -> Tensor:
     """Which tokens (B, T) do not end a run of `LOOP` tokens that their text has had before (B, T)."""
-    fresh = torch.ones(tokens.shape, dtype=torch.bool)
-    for text, marks in zip(tokens.tolist(), fresh):
-        seen = set()
+    fresh = []
+    for text in tokens.tolist():
+        seen, marks = set(), [True] * len(text)
         for end in range(LOOP, len(text) + 1):
             run = tuple(text[end - LOOP : end])
             marks[end - 1] = run not in seen
             seen.add(run)
-    return fresh.to(tokens.device)
+        fresh.append(marks)
+    return torch.tensor(fresh, device=tokens.device)
 
 
 @torch.inference_mode()

@@ -143,7 +143,6 @@ class Stage:
             writer = csv.DictWriter(file, columns)
             writer.writeheader()
             writer.writerows(self.rows)
-        hand_back_gaps()
 
     def finish(self) -> None:
         self.path.unlink(missing_ok=True)

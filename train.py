@@ -56,6 +56,7 @@ from stage import (
     Stage,
     batch_indices,
     check_same,
+    hand_back_gaps,
     is_due,
     keep_freed_memory,
     schedule,
@@ -110,6 +111,7 @@ def train_head(
             stage.keep_if_best(values["tau_estimate"], head)
         if log or "tau_estimate" in values:
             stage.log(config.head_tokens_per_step, **values)
+            hand_back_gaps()
     if stage.best is None:
         raise UserError(f"{name} diverged: try a lower --head_lr or --adversarial_weight")
     head.load_state_dict(stage.best)
