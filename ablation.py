@@ -225,18 +225,22 @@ def main() -> None:
     lessons = Lessons(recipe, target, checkpoint, text, budget, autocast)
     folder = recipe.folder / "ablation"
     folder.mkdir(exist_ok=True)
-    seconds = {}  # of a step
+    seconds = {}  # of a step, and once
 
     def as_long(cell: str, one: TrainConfig) -> int:
-        """Tokens for this cell, so that it takes as long as the recipe's head of its kind."""
+        """Tokens for this cell, so that it takes as long as the recipe's head of its kind, whose
+        steps of D alone count as well."""
         train, valid = lessons.of(cell)
         evaluate = partial(measure_acceptance, target, features=valid, count=64)
         base = settings_of(recipe, f"{cell.split('-')[0]}-koala", 0, target)
         for settings in (one, base):
             if settings.head not in seconds:
                 training = HeadTraining(settings, settings.head, target, autocast)
-                seconds[settings.head] = step_seconds(training, train, evaluate).step
-        return int(recipe.head_tokens * seconds[base.head] / seconds[one.head])
+                seconds[settings.head] = step_seconds(training, train, evaluate)
+        theirs, ours = seconds[base.head], seconds[one.head]
+        steps = recipe.head_tokens / one.head_tokens_per_step
+        steps = (steps * theirs.step + theirs.once - ours.once) / ours.step
+        return round(steps * one.head_tokens_per_step)
 
     for cell in config.cells or CELLS:
         for seed in config.seeds or [recipe.seed]:

@@ -18,6 +18,7 @@ from ablation import (
     recipe_of,
     settings_of,
 )
+from budget import Seconds
 from cli import UserError
 from features import HEATS
 from head_training import HeadTraining
@@ -148,16 +149,17 @@ def test_a_judge_of_runs_is_never_shown_shorter_ones(call, folder):
 
 
 def test_for_equal_seconds_a_cell_learns_as_long_as_the_recipes_head(call, folder, monkeypatch):
-    costs = iter([2.0, 1.0])  # a step of the cell, and of the recipe's head
-    monkeypatch.setattr(
-        "ablation.step_seconds", lambda *_: type("Seconds", (), {"step": next(costs)})
-    )
+    # Of the cell, and of the recipe's head, which takes a second longer for D alone.
+    costs = iter([Seconds(step=2.0, once=1.0), Seconds(step=1.0, once=2.0)])
+    monkeypatch.setattr("ablation.step_seconds", lambda *_: next(costs))
     flags = ["--out_dir", folder, "--preset", "smoke", "--device", "cpu"]
     flags += ["--dtype", "float32", "--head_tokens", "2048", "--head_data_tokens", "4000"]
     status, _, err = call(ablation.main, *flags, "--cells", "eagle-k3", "--equal", "seconds")
     assert status == 0, err
     head = load_checkpoint(folder / "ablation/eagle-k3-seed0-seconds.pt", "draft head")
-    assert head["training"]["settings"]["head_tokens"] == 1024
+    settings = head["training"]["settings"]
+    steps = 2048 / settings["batch_tokens"]  # of the recipe's head, a second each, and one more
+    assert settings["head_tokens"] == (steps + 1) / 2 * settings["batch_tokens"]
     status, out, _ = call(ablation.main, *flags, "--cells", "eagle-k3", "--equal", "seconds")
     assert status == 0 and "trained already" in out  # and not measured anew
 
