@@ -58,7 +58,7 @@ def plot_training(folder: Path, names: list[str]) -> None:
     """training.png, from the CSV logs: losses, held-out acceptance, the discriminator's health."""
     paths = {name: folder / f"{name}.csv" for name in names}
     logs = {name: read_log(path) for name, path in paths.items() if path.is_file()}
-    figure, axes = plt.subplots(2, 2, figsize=(11, 7.5), layout="constrained")
+    figure, axes = plt.subplots(2, 2, figsize=(12, 7.5), layout="constrained")
     if (folder / "target.csv").is_file():
         axes[0, 0].plot(*read_log(folder / "target.csv")["loss"], color="black")
         axes[0, 0].set(title="Target: training loss", ylabel="cross entropy (nats)")
@@ -84,6 +84,8 @@ def plot_training(folder: Path, names: list[str]) -> None:
         axis.grid(alpha=0.3)
         if axis.get_legend_handles_labels()[0]:
             axis.legend(fontsize=8)
+    if axes[1, 1].lines:  # up to eight lines leave no room among them
+        axes[1, 1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(folder / "training.png", dpi=120)
     plt.close(figure)
 
@@ -164,8 +166,11 @@ def plot_cells(result: dict, path: Path) -> None:
     plt.close(figure)
 
 
-def bench_tables(result: dict) -> str:
-    """A result as two Markdown tables with what is needed to read them."""
+def bench_tables(result: dict, fold: bool = False) -> str:
+    """A result as three Markdown tables with what is needed to read them.
+
+    `fold`: the last one, by task, is to be unfolded by the reader.
+    """
     figures, config = result["figures"], result["config"]
     how = "greedy" if config["temperature"] == 0 else f"temperature {config['temperature']:g}"
     lines = [
@@ -206,9 +211,11 @@ def bench_tables(result: dict) -> str:
                 f"| {name} | {f['with']} | {f['tau_ratio']:.3f} [{low:.3f}, {high:.3f}] "
                 f"| {f['net_speed']:.3f} ({slow:.3f} to {fast:.3f}) | {f['predicted']:.3f} |"
             )
-    lines += ["", "By task (loop-free prompts): tau, speedup measured (and predicted)", ""]
-    lines.append(task_table(result))
-    return "\n".join(lines)
+    title = "By task (loop-free prompts): tau, speedup measured (and predicted)"
+    title, end = (
+        (f"<details><summary>{title}</summary>", ["", "</details>"]) if fold else (title, [])
+    )
+    return "\n".join([*lines, "", title, "", task_table(result), *end])
 
 
 def task_table(result: dict) -> str:
@@ -311,9 +318,9 @@ def plot_gain(path: Path) -> None:
     left.set(title="Net speed against eagle, were draft layers cheaper", ylabel="ratio of speeds")
     right.set(title="tau of two layers against one (bars: over seeds)", ylabel="ratio of taus")
     right.set(xlabel="tokens trained on (millions)", ylim=(1.0, None), xlim=(0.0, None))
-    for axis in (left, right):
+    for axis, place in ((left, "lower left"), (right, "center left")):
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=8)
+        axis.legend(fontsize=8, loc=place)
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
@@ -325,6 +332,6 @@ def readme_tables(text: str) -> str:
         name, rest = part.split(".json -->", 1)
         after = rest[rest.index("<!-- end -->") :]
         result = read_result(name)
-        tables = ablation_table if "cells" in result else bench_tables
-        parts[index] = f"{name}.json -->\n{tables(result)}\n{after}"
+        tables = ablation_table(result) if "cells" in result else bench_tables(result, fold=True)
+        parts[index] = f"{name}.json -->\n{tables}\n{after}"
     return "<!-- results/".join(parts)

@@ -1,7 +1,7 @@
 """Speculative decoding: draft some tokens cheaply, verify them all in one pass of the target.
 
-A language model writes one token a pass, and a pass over eight tokens costs hardly more than a
-pass over one, since most of its time goes into reading the weights. So, again and again:
+A language model writes one token a pass, and a pass over a handful of tokens takes little longer
+than a pass over one, since most of its time goes into reading the weights. So, again and again:
 
     draft    a small head guesses what comes next: gamma tokens in a chain, or a tree of tokens with
              several guesses for each place; it has a distribution q of its own after each of them
@@ -106,7 +106,7 @@ def match(tokens: Tensor, shape: Shape, choice: Tensor) -> tuple[Tensor, Tensor]
 def accept(draft: Draft, logits: Tensor, sampler: Sampler):
     """What a draft comes to, by the rule that is its own: (node (), next token (), p, u).
 
-    logits (N + 1, V): the target's after each node.
+    logits (N + 1, V): the target's after each node. p (N + 1, V), u (N + 1,): None if greedy.
     """
     if sampler.temperature == 0:
         return *match(draft.tokens, draft.shape, argmax(logits)), None, None
@@ -182,10 +182,10 @@ def generate(
     """Continue the prompt by up to `max_new_tokens`, fewer at a stop token or the window's end.
 
     `head=None` is plain autoregressive decoding: the same loop with nothing drafted. A head drafts
-    `gamma` tokens in a chain, or a tree of `nodes` tokens at most `gamma` deep, or by a `plan` of
-    tree.py. `on_cycle` is called with a `Cycle` after each; the time it takes is not counted. The
-    same seed gives the same text again; sampled with and without a head the texts differ, and only
-    their distribution is the same. Raises UserError for a request that cannot be met.
+    `gamma` tokens in a chain, or a tree of `nodes` tokens at most `gamma` deep; a `plan` of tree.py
+    takes the place of both. `on_cycle` is called with a `Cycle` after each; the time it takes is
+    not counted. The same seed gives the same text again; sampled with and without a head the texts
+    differ, and only their distribution is the same. Raises UserError for what cannot be done.
     """
     check_prompt(target.config, prompt_tokens)
     if max_new_tokens < 1:
