@@ -211,10 +211,9 @@ def bench_tables(result: dict, fold: bool = False) -> str:
                 f"| {name} | {f['with']} | {f['tau_ratio']:.3f} [{low:.3f}, {high:.3f}] "
                 f"| {f['net_speed']:.3f} ({slow:.3f} to {fast:.3f}) | {f['predicted']:.3f} |"
             )
-    title = "By task (loop-free prompts): tau, speedup measured (and predicted)"
-    title, end = (
-        (f"<details><summary>{title}</summary>", ["", "</details>"]) if fold else (title, [])
-    )
+    title, end = "By task (loop-free prompts): tau, speedup measured (and predicted)", []
+    if fold:
+        title, end = f"<details><summary>{title}</summary>", ["", "</details>"]
     return "\n".join([*lines, "", title, "", task_table(result), *end])
 
 
