@@ -225,19 +225,20 @@ def main() -> None:
     lessons = Lessons(recipe, target, checkpoint, text, budget, autocast)
     folder = recipe.folder / "ablation"
     folder.mkdir(exist_ok=True)
-    seconds = {}  # of a step, and once
+    seconds = {}  # of each cell: of a step, and once
 
     def as_long(cell: str, one: TrainConfig) -> int:
         """Tokens for this cell, so that it takes as long as the recipe's head of its kind, whose
         steps of D alone count as well."""
         train, valid = lessons.of(cell)
         evaluate = partial(measure_acceptance, target, features=valid, count=64)
-        base = settings_of(recipe, f"{cell.split('-')[0]}-koala", 0, target)
-        for settings in (one, base):
-            if settings.head not in seconds:
+        base = f"{cell.split('-')[0]}-koala"
+        for name in (cell, base):
+            if name not in seconds:
+                settings = settings_of(recipe, name, 0, target)
                 training = HeadTraining(settings, settings.head, target, autocast)
-                seconds[settings.head] = step_seconds(training, train, evaluate)
-        theirs, ours = seconds[base.head], seconds[one.head]
+                seconds[name] = step_seconds(training, train, evaluate)
+        theirs, ours = seconds[base], seconds[cell]
         steps = recipe.head_tokens / one.head_tokens_per_step
         steps = (steps * theirs.step + theirs.once - ours.once) / ours.step
         return round(steps * one.head_tokens_per_step)

@@ -82,10 +82,10 @@ def plot_training(folder: Path, names: list[str]) -> None:
     for axis in axes.flat:
         axis.set(xlabel="tokens trained on (millions)")
         axis.grid(alpha=0.3)
+        # The discriminator's eight lines leave no room among them.
+        outside = dict(loc="center left", bbox_to_anchor=(1, 0.5)) if axis is axes[1, 1] else {}
         if axis.get_legend_handles_labels()[0]:
-            axis.legend(fontsize=8)
-    if axes[1, 1].lines:  # up to eight lines leave no room among them
-        axes[1, 1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+            axis.legend(fontsize=8, **outside)
     figure.savefig(folder / "training.png", dpi=120)
     plt.close(figure)
 

@@ -20,7 +20,7 @@ def find_run(out_dir: str | None) -> Path:
     targets = sorted(Path("out").glob("*/target.pt"), key=lambda path: path.stat().st_mtime)
     if not targets:
         raise UserError(
-            "there is no trained run under out/: run `python train.py` first (about 35 minutes on "
+            "there is no trained run under out/: run `python train.py` first (about an hour on "
             "two CPU cores), or `python train.py --preset smoke` (half a minute, writes nonsense)"
         )
     return targets[-1].parent
