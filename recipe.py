@@ -211,7 +211,9 @@ class TrainConfig:
 
     @property
     def folder(self) -> Path:
-        name = self.preset if self.target is None else Path(self.target).stem.lower()
+        name = self.preset
+        if self.target is not None:  # "Llama-3.1-8B" has no suffix that could be cut off
+            name = Path(self.target).resolve().name.lower().removesuffix(".gguf")
         return Path(self.out_dir or f"out/{name}")
 
     @property

@@ -36,9 +36,10 @@ def load(
     `target.chat` (None for one that only goes on with a text).
     """
     folder, device = find_run(out_dir), choose_device(device)
-    target, checkpoint = load_target(folder / "target.pt", device)
-    chosen, target.why_dtype = choose_dtype(dtype, target)
-    target.to(chosen)
+    # Read on the CPU: a GPU has to hold no more than what it will decode with.
+    target, checkpoint = load_target(folder / "target.pt")
+    chosen, target.why_dtype = choose_dtype(dtype, target, device)
+    target.to(device, chosen)
     if compile:
         compile_layers(target)
     if head is not None:

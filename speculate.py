@@ -41,7 +41,7 @@ from torch import Tensor
 
 from cli import Stopwatch, UserError, describe_device, number_or_auto, option, parse, run
 from costs import best_size
-from data import encode
+from data import encode_prompt
 from model import GPT, check_prompt
 from runs import find_run, load
 from sampling import Sampler, acceptance_probability, argmax, residual, sample, without
@@ -318,7 +318,7 @@ def main() -> None:
     chat = None if config.raw else target.chat
     stop = encoding.eot_token if chat is None else chat.stop
     request = dict(
-        prompt_tokens=encode(encoding, prompt) if chat is None else chat.prompt([prompt]),
+        prompt_tokens=encode_prompt(encoding, prompt) if chat is None else chat.prompt([prompt]),
         max_new_tokens=config.max_new_tokens,
         gamma=gamma,
         nodes=nodes,

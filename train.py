@@ -37,7 +37,7 @@ from draft_head import Batch
 from features import Features, Text, measure_acceptance, spread
 from head_training import HeadTraining
 from model import load_checkpoint, load_target
-from pretrained import find_source, import_target
+from pretrained import find_source, import_target, source_settings
 from recipe import (
     HEADS,
     PRESETS,
@@ -165,7 +165,10 @@ def self_written(config: TrainConfig, target, checkpoint: dict, text, budget: Bu
         if text is None:  # of a pretrained target that knows no chats, which is known only now
             text = read_text(config)
             text.use(checkpoint["tokenizer"])
-        openings = text.windows("train", min(OPENING, config.head_window // 2)).long()
+        begin = torch.tensor(encoding.begin, dtype=torch.long)
+        size = min(OPENING, config.head_window // 2) - len(begin)
+        openings = text.windows("train", size).long()
+        openings = torch.cat([begin.expand(len(openings), -1), openings], 1)
     writer = copy.deepcopy(target).to(autocast.dtype)  # as it will be when it decodes
     write_until(written, writer, encoding, chat, openings, budget.enough)
     del writer  # as large as the target
@@ -260,8 +263,10 @@ def read_text(config: TrainConfig) -> Text:
 def get_target(config: TrainConfig, path: Path, text: Text | None, device, autocast) -> None:
     """Import or train the target at `path`, unless it is there already; tokenize the text."""
     if path.is_file():
-        checkpoint = load_checkpoint(path, "target")
-        check_same(path, checkpoint["training"]["settings"], target_settings(config, text))
+        checkpoint, wanted = load_checkpoint(path, "target"), target_settings(config, text)
+        if config.target is not None:
+            wanted |= source_settings(find_source(config.target))
+        check_same(path, checkpoint["training"]["settings"], wanted)
         if text is not None:
             text.use(checkpoint["tokenizer"])
         print(f"target: {'imported' if config.target else 'trained'} already")

@@ -8,6 +8,8 @@ from cli import UserError
 from costs import Size, best_size, choose_dtype, expected_tau, fastest, isolated_costs, size_costs
 from tree import chain, fixed_tree, plan_draft
 
+CPU = torch.device("cpu")
+
 SIZES = [(g, 0) for g in (1, 2, 4, 8)] + [(4, 8), (4, 16), (4, 31)]
 
 
@@ -89,7 +91,7 @@ def test_the_smallest_windows_are_measured_too(context, monkeypatch):
     target = tiny_target(context=context)
     head = tiny_head("eagle", 1, target)
     head.training_record = Recorded([[0.5, 0.3, 0.1]] * 4).training_record
-    choose_dtype("auto", target)
+    choose_dtype("auto", target, CPU)
     for gamma, nodes in [("auto", "auto"), (300, "auto"), (300, 0)]:
         size = best_size(target, head, gamma, nodes)
         assert 1 <= size.gamma < context
@@ -139,7 +141,7 @@ def test_a_size_says_what_it_is():
 
 def test_the_dtype_is_the_one_measured_faster(monkeypatch):
     target = tiny_target().float()
-    assert choose_dtype("float64", target)[0] == torch.float64
+    assert choose_dtype("float64", target, CPU)[0] == torch.float64
     for slow, chosen in [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)]:
 
         def timed(bench, function, *arguments, slow=slow):
@@ -147,6 +149,6 @@ def test_the_dtype_is_the_one_measured_faster(monkeypatch):
             return 2.0 if bench.target.embed.weight.dtype == slow else 1.0
 
         monkeypatch.setattr("costs.Bench.timed", timed)
-        dtype, why = choose_dtype("auto", target)
+        dtype, why = choose_dtype("auto", target, CPU)
         assert dtype == chosen and "times as long" in why
         assert target.embed.weight.dtype == torch.float32  # measuring leaves it as it was

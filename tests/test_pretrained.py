@@ -21,12 +21,13 @@ import pretrained
 import speculate
 import train
 from cli import UserError
-from data import build_encoding, encode
+from data import Document, build_encoding, encode, encode_prompt, tokenize
 from features import Text
 from model import load_target
 from pretrained import PACKAGED, find_source, import_target
 from pretrained_bpe import DIGITS, GPT2
 from recipe import HEADS as TRAINED
+from recipe import TrainConfig
 from runs import load, load_head
 from speculate import generate
 
@@ -171,6 +172,7 @@ class Gguf:
     quantized: tuple = ("attn_q", "ffn_up", "token_embd")  # as Q8_0; the other matrices as float16
     more: dict = field(default_factory=dict)  # further tensors
     scaling: str | None = None
+    add_bos: bool | None = None
 
     def write(self, path: Path) -> dict[str, torch.Tensor]:
         """Returns the weights as what can be read back, by their names on the hub."""
@@ -193,6 +195,8 @@ class Gguf:
         writer.add_token_merges(self.merges)
         writer.add_bos_token_id(1)
         writer.add_eos_token_id(2)
+        if self.add_bos is not None:
+            writer.add_add_bos_token(self.add_bos)
         if self.template:
             writer.add_chat_template(self.template)
         exact = {}
@@ -338,8 +342,90 @@ def test_a_target_without_a_chat_format_just_goes_on(tmp_path):
     assert target.chat is None and len(generate(target, encode(encoding, "is a"), 5).tokens) == 5
 
 
+BEGINS = {
+    "type": "Sequence",
+    "processors": [
+        {"type": "ByteLevel"},
+        {
+            "type": "TemplateProcessing",
+            "single": [{"SpecialToken": {"id": "<|im_start|>"}}, {"Sequence": {"id": "A"}}],
+        },
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    "source, begins",
+    [
+        (Gguf(), False),
+        (Gguf(add_bos=True), True),
+        (Gguf(pre="llama-bpe"), True),
+        (Gguf(pre="llama-bpe", add_bos=False), False),
+        (Folder(), False),
+        (Folder(tokenizer={"post_processor": BEGINS}), True),
+        (Folder(tokenizer={"post_processor": BEGINS["processors"][0]}), False),
+    ],
+)
+def test_plain_text_begins_with_the_token_that_the_model_expects(source, begins, tmp_path):
+    """Llama 3 reads another text without it, and nothing fails."""
+    source.write(tmp_path / "model")
+    import_target(tmp_path / "model", tmp_path / "target.pt", 48)
+    target, _, encoding = load(tmp_path, None, "cpu", "float32")
+    begin = [SPECIAL["<|im_start|>"]] if begins else []
+    assert encode_prompt(encoding, "is a") == begin + encode(encoding, "is a")
+    assert encode_prompt(encoding, "") == []  # it is refused, as anywhere
+    assert target.chat.prompt(["a"]).count(1) == 3  # a template has its own
+
+
+def form_of(source, tmp_path: Path) -> dict:
+    source.write(tmp_path / "model")
+    import_target(tmp_path / "model", tmp_path / "target.pt", 48)
+    return load(tmp_path, None, "cpu", "float32")[0].chat.form
+
+
+def test_of_several_templates_the_default_is_taken(tmp_path):
+    named = [("tool_use", "{{ tools }}"), ("default", TEMPLATE)]
+    templates = [{"name": name, "template": text} for name, text in named]
+    assert form_of(Folder(about={"chat_template": templates}), tmp_path) == FORM
+
+
+def test_a_template_may_end_turns_with_what_its_tokenizer_calls_the_end(tmp_path):
+    """Which need not be the model's end of a text: Llama 3.1's are two."""
+    template = TEMPLATE.replace("+ '<|im_end|>\n' }}", "+ eos_token + '\n' }}")
+    assert template != TEMPLATE
+    about = {"chat_template": template, "eos_token": {"content": "<|im_end|>"}}
+    assert form_of(Folder({"eos_token_id": [0, 2]}, about=about), tmp_path) == FORM
+
+
+def test_what_a_template_trims_is_trimmed(tmp_path):
+    template = TEMPLATE.replace("['content']", "['content'] | trim")
+    assert form_of(Gguf(template=template), tmp_path) == FORM | {"trims": True}
+    chat = load(tmp_path, None, "cpu", "float32")[0].chat
+    assert chat.prompt([" a\n", "\nb ", "a\n"]) == chat.prompt(["a", "b", "a"])
+    with pytest.raises(UserError, match="empty"):
+        chat.prompt([" \n"])
+
+
+def test_an_added_token_that_the_model_has_no_row_for_is_not_known(tmp_path):
+    added = [{"content": t, "id": i} for t, i in [*SPECIAL.items(), ("<|pad|>", 10**6)]]
+    Folder(tokenizer={"added_tokens": added}).write(tmp_path / "model")
+    import_target(tmp_path / "model", tmp_path / "target.pt", 48)
+    target, _, encoding = load(tmp_path, None, "cpu", "float32")
+    assert encoding.known == target.config.vocab_size
+    assert max(encode(encoding, "a <|pad|>")) < target.config.vocab_size
+
+
 # ------------------------------------------------------------------------------------ refusals
 
+
+def pre_tokenizer(split: dict | None) -> dict:
+    """Pieces by a pattern, or none at all, before bytes are written as characters."""
+    steps = [split] if split else []
+    plain = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}
+    return {"type": "Sequence", "pretokenizers": [*steps, plain]}
+
+
+SPLIT = {"type": "Split", "pattern": {"Regex": r"\p{N}| ?\p{L}+"}, "behavior": "Isolated"}
 GROWING = TEMPLATE.replace("{% for", "{{ messages | length }}{% for")
 BIAS = torch.zeros(WIDTH)
 REFUSED = {
@@ -365,11 +451,23 @@ REFUSED = {
         Folder({"rope_scaling": {"rope_type": "yarn"}}),
         "scaled by yarn",
     ),
+    "pieces that are what a pattern does not find": (
+        Folder(tokenizer={"pre_tokenizer": pre_tokenizer(SPLIT | {"behavior": "Removed"})}),
+        "cuts text by Split and ByteLevel",
+    ),
+    "pieces that no pattern finds": (
+        Folder(tokenizer={"pre_tokenizer": pre_tokenizer(None)}),
+        "cuts text by ByteLevel",
+    ),
     "heads of another width": (Folder({"head_dim": 16}), "width of its heads"),
     "a template that counts": (Gguf(template=GROWING), "length of the conversation"),
     "a template that forgets": (
         Gguf(template="{{ messages[-1]['content'] }}{{ eos_token }}"),
         "chat template",
+    ),
+    "a template that shouts": (
+        Gguf(template=TEMPLATE.replace("['content']", "['content'].replace(' ', '!')")),
+        "blanks around",
     ),
     "a template that is none": (Gguf(template="{% for %}"), "chat template"),
     "merges out of order": (Gguf(merges=MERGE_LINES[::-1]), "merges are not in the order"),
@@ -477,6 +575,24 @@ def test_the_same_command_finds_a_pretrained_run_complete(chat_run, call):
     assert out.count("trained already") == 4
 
 
+def test_another_pretrained_target_is_not_taken_for_the_one_in_the_folder(chat_run, call):
+    """Whatever its name: the same file name in another folder is another model."""
+    folder, flags = chat_run
+    other = folder.parent / "other" / "tiny.gguf"
+    other.parent.mkdir(exist_ok=True)
+    Gguf(quantized=()).write(other)
+    status, _, err = call(train.main, "--target", other, *flags[2:])
+    assert status == 2 and "target.pt was trained with sha256" in err
+
+
+@pytest.mark.parametrize(
+    "target, folder",
+    [("smollm2", "smollm2"), ("models/Tiny.Q8_0.gguf", "tiny.q8_0"), ("a/M-3.1-8B/", "m-3.1-8b")],
+)
+def test_a_run_is_named_by_all_of_its_targets_name(target, folder):
+    assert TrainConfig(preset="pretrained", target=target).folder == Path("out") / folder
+
+
 def test_heads_of_a_target_without_a_chat_format_learn_from_how_it_goes_on(
     tmp_path, text_folder, call, monkeypatch
 ):
@@ -489,6 +605,8 @@ def test_heads_of_a_target_without_a_chat_format_learn_from_how_it_goes_on(
     status, out, err = call(train.main, *flags, "--batch_tokens", "120", "--minutes", "0.02")
     assert status == 0 and "40 texts of 60 tokens" in out, err
     assert (tmp_path / "run" / "eagle.pt").is_file()
+    status, _, err = call(bench.main, "--out_dir", tmp_path / "run")
+    assert status == 2 and "--prompts_file" in err
 
 
 def test_a_chat_model_is_asked_and_answers(chat_run, call):
@@ -571,3 +689,5 @@ def test_bytes_that_the_vocabulary_lacks_are_left_out():
         tokens = encode(encoding, text)
         assert all(token < len(PLAIN) for token in tokens)
         assert encoding.decode_bytes(tokens) == bytes(b for b in text if b not in LACKING)
+    row = tokenize(encoding, [Document("code", "a", "a\x00b\x01")])
+    assert encoding.decode(row.tolist()) == "ab<|endoftext|>"
