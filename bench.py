@@ -2,7 +2,8 @@
 
 **tau**, the acceptance length, is tokens per pass of the target, its own token included, summed
 over prompts: between 1 and gamma + 1. The prefill is no cycle, and a cycle that the token limit
-cut short is left out. Its interval comes from resampling the prompts (bootstrap, 95 %).
+cut short is left out. Its interval comes from resampling the prompts (bootstrap, 95 %), the turns
+of one conversation together.
 
 **Speedup** is tokens/s of speculative over tokens/s of plain decoding of the same prompts, batch 1,
 prefill excluded, the two interleaved prompt by prompt so that a slow minute hits both: the median
@@ -160,19 +161,19 @@ def choose_prompts(config: BenchConfig, target, candidates: list) -> tuple[list,
 
     A candidate is (task, tokens), or a `chat.Question`: all its turns are played, each a prompt
     that holds what was answered before. Returns (prompts, how many candidates were decoded and how
-    many of those looped).
+    many of those looped); a prompt is (task, tokens, number of its candidate).
     """
     free, loops = [], []
 
-    def plain_text(task: str, prompt: list[int]) -> list[int]:
+    def plain_text(number: int, task: str, prompt: list[int]) -> list[int]:
         check_prompt(target.config, prompt)
         tokens = generate(target, prompt, seed=config.seed, **request_of(config, target)).tokens
         # Two tokens are one cycle at least; what is shorter says nothing about decoding.
         if len(tokens) > 2:
-            (loops if is_loop(tokens) else free).append((task, prompt))
+            (loops if is_loop(tokens) else free).append((task, prompt, number))
         return tokens
 
-    for candidate in candidates:
+    for number, candidate in enumerate(candidates):
         if isinstance(candidate, Question):
             said = []
             for turn in candidate.turns:
@@ -180,11 +181,11 @@ def choose_prompts(config: BenchConfig, target, candidates: list) -> tuple[list,
                 prompt = target.chat.prompt(said)
                 if len(said) > 1 and len(prompt) + config.max_new_tokens > target.config.context:
                     break  # it has outgrown the window: its earlier turns count
-                answer = plain_text(candidate.category, prompt)
+                answer = plain_text(number, candidate.category, prompt)
                 answer = [token for token in answer if token != target.chat.stop]
                 said.append(target.chat.encoding.decode(answer))
         else:
-            plain_text(*candidate)
+            plain_text(number, *candidate)
         if len(free) >= config.num_prompts:
             break
     counts = {"candidates": len(free) + len(loops), "looped": len(loops)}
@@ -210,13 +211,16 @@ def measure(config: BenchConfig, target, ready: dict, prompts: list) -> tuple[li
     """
     request = request_of(config, target)
     methods = {"autoregressive": (None, None)} | ready
-    samples = [{"task": task, "prompt": prompt, "methods": {}} for task, prompt in prompts]
+    samples = [
+        {"task": task, "conversation": number, "prompt": prompt, "methods": {}}
+        for task, prompt, number in prompts
+    ]
     seconds = {name: [] for name in methods}
     for number in range(config.runs):
         for rows in seconds.values():
             rows.append([])
         warm_up = prompts[:WARM_UP] if number == 0 else []
-        for index, (_, prompt) in enumerate(warm_up + prompts, start=-len(warm_up)):
+        for index, (_, prompt, _) in enumerate(warm_up + prompts, start=-len(warm_up)):
             seed = config.seed + max(index, 0)
             for name, (head, plan) in methods.items():
                 out = generate(target, prompt, head=head, plan=plan, seed=seed, **request)
@@ -235,7 +239,7 @@ def measure(config: BenchConfig, target, ready: dict, prompts: list) -> tuple[li
                     f"run {number + 1}/{config.runs}: {index + 1}/{len(prompts)} prompts",
                     flush=True,
                 )
-    for row, (_, prompt) in zip(samples, prompts):
+    for row, (_, prompt, _) in zip(samples, prompts):
         plain = row["methods"]["autoregressive"]["tokens"]
         row["loop"] = is_loop(plain)
         for name in ready if config.temperature == 0 else ():
@@ -297,7 +301,7 @@ def main() -> None:
         rows = text.windows(config.split, target.config.context + 1)
         features = Features(target, spread(rows, 64), 1.0, nullcontext)
         on_text = {n: measure_acceptance(target, head, features, 64) for n, head in heads.items()}
-    middle = statistics.median(len(prompt) + room // 2 for (_, prompt), room in zip(prompts, rooms))
+    middle = statistics.median(len(p[1]) + room // 2 for p, room in zip(prompts, rooms))
     middle = min(int(middle), target.config.context - depth - 1)
     costs = isolated_costs(target, ready, middle, sampler)
     share = baseline_share(target, prompts[0][1], rooms[0], 5)

@@ -6,13 +6,15 @@ amounts. Heads of one kind get the same number of tokens, else comparing them wo
 the time is shared out between the kinds, and a head of two layers just takes longer.
 
 With `--more` a round follows when the last one is complete: as many minutes again, in which the
-target writes more and the heads go on learning, from the old text and the new.
+target writes more and the heads go on learning, from the old text and the new. A head that comes
+later goes through all rounds, one after the other, and has then learnt from as many tokens.
 """
 
 import json
 import statistics
 import time
 from collections.abc import Callable
+from itertools import product
 from typing import NamedTuple
 
 import torch
@@ -62,31 +64,30 @@ class Budget:
         if self.config.minutes is None:
             return tokens >= self.config.written_tokens
         shared_out = self.rounds[-1]["tokens"]
-        if any(self.config.of_head(kind).head_data == "self" for kind in shared_out):
+        if tokens and any(self.config.of_head(kind).head_data == "self" for kind in shared_out):
             return True  # heads have begun to learn from what there is
         return seconds >= 60 * WRITING * sum(r["minutes"] for r in self.rounds)
 
     def share_out(self, names: list[str], measure: Callable[[str], Seconds]) -> None:
-        """Decide how many tokens the heads of each kind learn from, unless it is decided."""
-        if self.config.minutes is None:
-            return
-        tokens = self.rounds[-1]["tokens"]
+        """Decide how many tokens the heads of each kind learn from, in each round where it is not
+        decided yet."""
         for kind, share in KINDS.items():
             members = [name for name in names if name.startswith(kind)]
-            if kind in tokens or not members:
-                continue
-            costs = [measure(name) for name in members]
-            left = 60 * self.rounds[-1]["minutes"] * TRAINING * share - sum(c.once for c in costs)
-            steps = max(10, int(left / sum(c.step for c in costs)))
-            tokens[kind] = steps * self.config.of_head(kind).head_tokens_per_step
-            print(f"{' and '.join(members)}: {steps} steps, {tokens[kind]:,} tokens each")
-            self.save()
+            undecided = [entry for entry in self.rounds if kind not in entry["tokens"]]
+            costs = [measure(name) for name in members] if undecided else []
+            for entry in undecided if members else ():
+                left = 60 * entry["minutes"] * TRAINING * share - sum(c.once for c in costs)
+                steps = max(10, int(left / sum(c.step for c in costs)))
+                tokens = steps * self.config.of_head(kind).head_tokens_per_step
+                entry["tokens"][kind] = tokens
+                print(f"{' and '.join(members)}: {steps} steps, {tokens:,} tokens each")
+                self.save()
 
-    def head_tokens(self, name: str) -> int:
-        """How many tokens the head of this name trains on in this round."""
+    def head_tokens(self, name: str, number: int = 1) -> int:
+        """How many tokens the head of this name trains on in the round of this number, from 1."""
         if self.config.minutes is None:
             return self.config.head_tokens
-        return self.rounds[-1]["tokens"][name.split("-")[0]]
+        return self.rounds[number - 1]["tokens"][name.split("-")[0]]
 
 
 def step_seconds(training, train, evaluate: Callable) -> Seconds:
@@ -107,9 +108,14 @@ def step_seconds(training, train, evaluate: Callable) -> Seconds:
             samples.append(time.perf_counter() - begin)
         return statistics.median(samples[1:] or samples)
 
-    early = timed(training.step, batch, False, 1, 0.0)
-    late = timed(training.step, batch, training.weight > 0, config.own_steps, 0.0)
-    step, once = config.own_from * early + (1 - config.own_from) * late, 0.0
+    step, once = 0.0, 0.0
+    join = config.supervised_share if training.weight > 0 else 1.0
+    for joint, own in product((False, True), repeat=2):  # the sorts of steps there are
+        begin = max(join if joint else 0.0, config.own_from if own else 0.0)
+        end = min(1.0 if joint else join, 1.0 if own else config.own_from)
+        if end > begin:
+            own_steps = config.own_steps if own else 1
+            step += (end - begin) * timed(training.step, batch, joint, own_steps, 0.0)
     if training.discriminator is not None:
         once += config.discriminator_steps * timed(training.discriminator_alone, batch)
     training.head.eval()

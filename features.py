@@ -154,6 +154,7 @@ def measure_acceptance(
     agree = ranks[:, 0]
     result = {f"agree_{i + 1}": value.item() for i, value in enumerate(agree)}
     result |= {f"alpha_{i + 1}": value.item() for i, value in enumerate(alpha)}
-    result["tau_estimate"] = 1 + agree.cumprod(0).sum().item()
+    # Of a head that diverged even the first choice is some token: but alpha is nan, and so is tau.
+    result["tau_estimate"] = 1 + agree.cumprod(0).sum().item() + 0 * alpha.sum().item()
     lists = {"ranks": ranks, "mass": mass, "heated": heated / drafts}
     return result | ({key: rows.tolist() for key, rows in lists.items()} if by_rank else {})

@@ -2,7 +2,8 @@
 
 A sample is what every method wrote for one prompt. tau is a ratio of sums (tokens over cycles), so
 its interval comes from drawing whole prompts anew, and KOALA and the original head are compared on
-the same draws: prompts differ far more from each other than heads do.
+the same draws: prompts differ far more from each other than heads do. The turns of one conversation
+are drawn together: the later one's prompt holds the earlier one and its answer.
 """
 
 import numpy as np
@@ -35,12 +36,17 @@ def evaluate(methods: dict, seed: int, samples: list, seconds: dict, costs: dict
         tokens = np.array([len(s["methods"][name]["tokens"]) - 1 for s in samples])
         return np.array([tokens[use].sum() / np.array(row)[use].sum() for row in seconds[name]])
 
-    picks = rng.choice(np.flatnonzero(use), size=(2000, int(use.sum())))
+    _, conversation = np.unique([s["conversation"] for s in samples], return_inverse=True)
+    # How often each sample is in each of the draws: (2000, samples).
+    drawn = np.unique(conversation[use])
+    picks = rng.choice(len(drawn), size=(2000, len(drawn)))
+    times = np.stack([np.bincount(drawn[row], minlength=len(samples)) for row in picks])
+    times = times[:, conversation] * use
     plain = speed("autoregressive")
     figures, resampled = {}, {}
     for name in names:
         tokens, cycles = counts(name)
-        resampled[name] = tokens[picks].sum(1) / np.maximum(1, cycles[picks].sum(1))
+        resampled[name] = times @ tokens / np.maximum(1, times @ cycles)
         tau = float(tokens[use].sum() / max(1, cycles[use].sum()))
         accepted = [
             length - 1

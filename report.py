@@ -189,14 +189,18 @@ def bench_tables(result: dict, fold: bool = False) -> str:
         + (" identical |" if config["temperature"] == 0 else ""),
         "|---|---|---|---|---|---|---|---|" + ("---|" if config["temperature"] == 0 else ""),
     ]
+
+    def spread(low: float, high: float, digits: int) -> str:
+        """The lowest and the highest of the runs; of a single one there is no spread."""
+        return f" ({low:.{digits}f} to {high:.{digits}f})" if config["runs"] > 1 else ""
+
     for name, f in figures["heads"].items():
         low, high = f["tau_interval"]
-        slow, fast = f["speedup_range"]
         loops = f"{f['tau_on_loops']:.2f}" if f["tau_on_loops"] else "none"
         lines.append(
             f"| {result['methods'][name]['head']} | {draft_name(result['methods'][name])} "
             f"| {f['tau']:.2f} [{low:.2f}, {high:.2f}] | {loops} "
-            f"| {f['speedup']:.2f}x ({slow:.2f} to {fast:.2f}) | {f['predicted_speedup']:.2f}x "
+            f"| {f['speedup']:.2f}x{spread(*f['speedup_range'], 2)} | {f['predicted_speedup']:.2f}x "
             f"| {f['c_verify']:.2f} + {f['c_draft']:.2f} | {f['elsewhere']:.1%} |"
             + (f" {f['identical']:.0%} |" if config["temperature"] == 0 else "")
         )
@@ -206,10 +210,9 @@ def bench_tables(result: dict, fold: bool = False) -> str:
     for name, rows in figures["comparisons"].items():
         for f in rows:
             low, high = f["tau_ratio_interval"]
-            slow, fast = f["net_speed_range"]
             lines.append(
                 f"| {name} | {f['with']} | {f['tau_ratio']:.3f} [{low:.3f}, {high:.3f}] "
-                f"| {f['net_speed']:.3f} ({slow:.3f} to {fast:.3f}) | {f['predicted']:.3f} |"
+                f"| {f['net_speed']:.3f}{spread(*f['net_speed_range'], 3)} | {f['predicted']:.3f} |"
             )
     title, end = "By task (loop-free prompts): tau, speedup measured (and predicted)", []
     if fold:
@@ -303,7 +306,7 @@ def plot_gain(path: Path) -> None:
         left.plot(layer, ratio * (verify + one) / (verify + two), "o", color=color)
         one, two = (result["training"][head] for head in ("eagle", "eagle-koala"))
         gain = two["valid"]["tau_estimate"] / one["valid"]["tau_estimate"]
-        points = [(two["settings"]["head_tokens"] / 1e6, gain, 0.0)]
+        points = [(sum(r["tokens"] for r in two["rounds"]) / 1e6, gain, 0.0)]
         for row in (read_result(ablation)["cells"]["eagle-k2"] for ablation in ablations):
             tokens = max(head["head_tokens"] for head in row["heads"].values()) / 1e6
             mean, *half = row["ratios"]["tau_estimate"]  # of a single pair there is no interval

@@ -28,6 +28,7 @@ float16, in files that are mapped into memory and may be larger than it.
 
 import hashlib
 import json
+import shutil
 import time
 from pathlib import Path
 
@@ -46,6 +47,7 @@ OPENING = 32  # tokens of other text that these go on from
 LOOP = 8  # tokens: a run of so many that was there before is a loop
 ASKING = 0.8  # temperature of questions: at 1 a small model asks nonsense
 ON_CPU, ON_GPU = 192, 1024  # texts written at once: more of them gain nothing any more
+HELD_OUT = 20
 CACHE_BYTES = 8e9  # the most that their keys and values may take
 TURN_TOKENS = 160  # a turn that is longer is cut off: small models like to repeat themselves
 FREE = 1 / 3  # share of the questions that the target begins as it likes
@@ -110,6 +112,11 @@ class Conversations:
         self.map()
 
     @property
+    def bytes(self) -> int:
+        arrays = self.tokens, self.learn, self.hidden
+        return sum(array.numel() * array.element_size() for array in arrays)
+
+    @property
     def index(self) -> Path:
         return self.folder / "index.json"
 
@@ -151,10 +158,10 @@ class Written:
     """Some of the conversations, as heads learn from them: what `features.Features` is to a text."""
 
     def __init__(self, target, conversations: Conversations, held_out: bool):
-        """One window in twenty is held out, and never learnt from."""
+        """One window in `HELD_OUT` is held out, and never learnt from."""
         self.target, self.conversations = target, conversations
         numbers = torch.arange(conversations.count)
-        self.numbers = numbers[(numbers % 20 == 0) == held_out]
+        self.numbers = numbers[(numbers % HELD_OUT == 0) == held_out]
         self.windows = conversations.tokens[self.numbers]  # (N, T + 1), as in Features
 
     def batch(self, index: Tensor) -> Batch:
@@ -295,7 +302,12 @@ def write_until(written: Conversations, target, encoding, chat, openings, enough
     if chat is None:
         shuffle = torch.Generator().manual_seed(written.about["seed"])
         openings = openings[torch.randperm(len(openings), generator=shuffle)]
+        # So that one which comes again, and then nearly the same text, is held out again or never.
+        openings = openings[: len(openings) // HELD_OUT * HELD_OUT or None]
     while not enough(written.count * length, written.seconds):
+        if shutil.disk_usage(written.folder).free < written.bytes:
+            print("written: no more, it has taken half of the room there was on the disk")
+            break
         begin = time.monotonic()
         # Of the windows written before alone: a run that was interrupted writes what it would have.
         seed = written.about["seed"] * 1_000_003 + written.count

@@ -51,13 +51,17 @@ class Stage:
     """What training the target and training a head share: the schedule, the log, and resuming.
 
     `parts` are the modules and optimisers that make up the state. It is saved every minute and
-    when interrupted, to NAME.progress.pt, which goes away when the stage is complete.
+    when interrupted, to NAME.progress.pt, which goes away when the stage is complete. `earlier`:
+    log lines of training that this one goes on from.
     """
 
-    def __init__(self, folder: Path, name: str, steps: int, settings: dict, parts: dict):
+    def __init__(
+        self, folder: Path, name: str, steps: int, settings: dict, parts: dict, earlier=()
+    ):
         self.path, self.log_path = folder / f"{name}.progress.pt", folder / f"{name}.csv"
         self.name, self.steps, self.settings, self.parts = name, steps, settings, parts
-        self.step, self.seconds, self.rows = 0, 0.0, []
+        self.step, self.seconds, self.rows, self.wanted = 0, 0.0, list(earlier), []
+        self.before = earlier[-1] if earlier else {"step": 0, "tokens": 0, "seconds": 0.0}
         self.best, self.best_step, self.score = None, None, -math.inf
         if self.path.is_file():
             saved = load_checkpoint(self.path, "training in progress")
@@ -95,12 +99,11 @@ class Stage:
         An interrupt is honoured between two steps, never inside one, so that what is saved is
         what an undisturbed run would have had there. Raises KeyboardInterrupt then.
         """
-        wanted = []  # signals received
 
         def stop(number: int) -> None:
-            if wanted:  # asked twice: now, at the cost of what the last minute taught
+            if self.wanted:  # asked twice: now, at the cost of what the last minute taught
                 raise KeyboardInterrupt
-            wanted.append(number)
+            self.wanted.append(number)
 
         signals = (signal.SIGINT, signal.SIGTERM)
         previous = [signal.signal(s, lambda number, _: stop(number)) for s in signals]
@@ -108,21 +111,27 @@ class Stage:
             while self.step < self.steps:
                 yield self.step
                 self.step += 1
-                if wanted:
+                if self.wanted:
                     self.save()
-                    raise KeyboardInterrupt(
-                        f"{self.name} stands at step {self.step} of {self.steps}; "
-                        f"the same command goes on from there"
-                    )
+                    self.heed()
                 if time.monotonic() - self.saved > SAVE_SECONDS or self.step == self.steps:
                     self.save()  # at the end too: what follows can still be interrupted
         finally:
             for number, handler in zip(signals, previous):
                 signal.signal(number, handler)
 
-    def keep_if_best(self, score: float, module: nn.Module) -> None:
+    def heed(self) -> None:
+        """Stop if that is wanted. For parts of a long step too, before which the state was saved."""
+        if self.wanted:
+            raise KeyboardInterrupt(
+                f"{self.name} stands at step {self.step} of {self.steps}; "
+                f"the same command goes on from there"
+            )
+
+    def keep_if_best(self, score: float, module: nn.Module, step: int | None = None) -> None:
+        """`step`: how many this module has been through, where that is not all up to now."""
         if score > self.score:
-            self.score, self.best_step = score, self.step + 1
+            self.score, self.best_step = score, self.step + 1 if step is None else step
             self.best = {k: v.detach().cpu().clone() for k, v in module.state_dict().items()}
 
     def log(self, tokens_per_step: int, **values) -> None:
@@ -136,8 +145,10 @@ class Stage:
             f"{speed:,.0f} tokens/s  {left / 60:.1f} min left",
             flush=True,
         )
-        place = {"step": self.step + 1, "tokens": (self.step + 1) * tokens_per_step}
-        self.rows.append(place | {"seconds": round(self.elapsed(), 1), **values})
+        here = {"step": self.step + 1, "tokens": (self.step + 1) * tokens_per_step}
+        here["seconds"] = round(self.elapsed(), 1)
+        place = {key: self.before[key] + value for key, value in here.items()}
+        self.rows.append(place | values)
         columns = list(dict.fromkeys(key for row in self.rows for key in row))
         with open(self.log_path, "w", newline="") as file:
             writer = csv.DictWriter(file, columns)

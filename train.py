@@ -78,12 +78,22 @@ def train_head(
     head, per_step = training.head, config.head_windows_per_step
     steps = max(1, wanted["head_tokens"] // config.head_tokens_per_step)
     joint_from = int(config.supervised_share * steps) if training.weight > 0 else steps
-    stage = Stage(config.folder, name, steps, wanted, training.parts())
+    in_progress = wanted | {"dtype in use": str(autocast.dtype)}
+    earlier = before["training"]["log"] if before else []
+    stage = Stage(config.folder, name, steps, in_progress, training.parts(), earlier)
+
+    def measure() -> dict:
+        head.eval()
+        values = measure_acceptance(target, head, valid, count=64)
+        head.train()
+        return values
+
     if stage.step > 0:
         training.ready()
     elif before is not None:
         head.load_state_dict(before["weights"])
         training.ready()
+        stage.keep_if_best(measure()["tau_estimate"], head, step=0)
     else:
         training.start(train)
     coverage = head.vocabulary.coverage(valid.counts().to(target.embed.weight.device))
@@ -98,16 +108,16 @@ def train_head(
     for step in stage:
         if step == joint_from and training.discriminator is not None:
             print(f"{name}: {config.discriminator_steps} steps of the discriminator alone")
+            stage.save()
             for d_step in range(config.discriminator_steps):
                 training.discriminator_alone(batch(d_step, seed + 2))
+                stage.heed()
         log = is_due(step, steps, LOG_LINES)
         own = config.own_steps if step >= int(config.own_from * steps) else 1
         rate = schedule(step, steps)
         values = training.step(batch(step, seed), step >= joint_from, own, rate, log)
         if is_due(step, steps, EVALUATIONS):
-            head.eval()
-            values |= measure_acceptance(target, head, valid, count=64)
-            head.train()
+            values |= measure()
             stage.keep_if_best(values["tau_estimate"], head)
         if log or "tau_estimate" in values:
             stage.log(config.head_tokens_per_step, **values)
@@ -121,7 +131,8 @@ def train_head(
     record = {
         "name": name,
         "settings": wanted,
-        "kept_step": stage.best_step,
+        "dtype": str(autocast.dtype),
+        "kept_step": stage.best_step,  # of this round; 0: the head as it was before
         "steps": steps,
         "seconds": stage.elapsed() + sum(r["seconds"] for r in rounds),
         "parameters": sum(p.numel() for p in head.parameters()),
@@ -157,6 +168,7 @@ def self_written(config: TrainConfig, target, checkpoint: dict, text, budget: Bu
         "length": config.head_window,
         "width": target.config.width,
         "seed": config.seed,
+        "dtype": str(autocast.dtype),
         "rules": TEXTS if chat is None else CHATS,
     }
     written = Conversations(config.folder / "conversations", about)
@@ -238,9 +250,13 @@ def train_heads(config: TrainConfig, text: Text | None, device, autocast) -> Non
                 continue
         lesson = lessons.of(name)
         budget.share_out(names, cost)
-        if config.minutes is not None:
-            wanted |= {"round": budget.round, "head_tokens": budget.head_tokens(name)}
-        train_head(own, name, target, wanted, *lesson, autocast, before)
+        # A head that comes later goes through the same rounds as the others did.
+        while (done := rounds_of(before) if before else 0) < budget.round:
+            if config.minutes is not None:
+                tokens = budget.head_tokens(name, done + 1)
+                wanted |= {"round": done + 1, "head_tokens": tokens}
+            train_head(own, name, target, wanted, *lesson, autocast, before)
+            before = load_checkpoint(path, "draft head")
     found = [load_checkpoint(folder / f"{name}.pt", "draft head") for name in trained_heads(folder)]
     records = [head["training"] for head in found if head["target"] == target_print]
     (folder / "heads.md").write_text(heads_table(records) + "\n")

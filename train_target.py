@@ -47,8 +47,8 @@ def train_target(config: TrainConfig, text: Text, device, autocast) -> None:
     optimizers = target_optimizers(config, target, optimizer_name)
     parts = {"target": target} | {f"optimizer_{i}": o for i, o in enumerate(optimizers)}
     wanted = target_settings(config, text)
-    in_progress = wanted | {"optimizer in use": optimizer_name}
-    stage = Stage(config.folder, "target", steps, in_progress, parts)
+    in_use = {"optimizer in use": optimizer_name, "dtype in use": str(autocast.dtype)}
+    stage = Stage(config.folder, "target", steps, wanted | in_use, parts)
     count = sum(p.numel() for p in target.parameters())
     print(
         f"target: {count / 1e6:.1f} M parameters, {steps} steps of {per_step} x {config.context} "
@@ -80,6 +80,7 @@ def train_target(config: TrainConfig, text: Text, device, autocast) -> None:
     record = {
         "settings": wanted,
         "optimizer": optimizer_name,
+        "dtype": str(autocast.dtype),
         "parameters": count,
         "data": text.description | {"overlap": text.overlap()},
         "seconds": stage.elapsed(),

@@ -1,6 +1,7 @@
 """A benchmark that fails after an hour, or measures something else, costs more than none."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -41,6 +42,14 @@ def test_every_dtype_ends_in_a_result_with_all_its_samples(measured, folder, dty
         for method in sample["methods"].values():
             assert sum(method["produced"]) == len(method["tokens"]) - 1 == 11
     assert (written / f"{dtype}.md").read_text().strip() in out
+
+
+def test_a_single_run_has_no_spread(measured, folder):
+    shown = [measured("--runs", runs, "--heads", "eagle", "eagle-koala")[1] for runs in (1, 2)]
+    spreads = [re.findall(r"\d+\.\d+x? \(\d+\.\d+ to ", out) for out in shown]
+    assert [len(found) for found in spreads] == [0, 3]  # of two speedups and a net speed
+    samples = json.loads((folder / "bench" / "bench.json").read_text())["samples"]
+    assert [sample["conversation"] for sample in samples] == [0, 1, 2]
 
 
 def test_several_sizes_of_draft_are_measured_side_by_side(measured, folder, monkeypatch):

@@ -80,11 +80,12 @@ def assert_same(ours, theirs, key: str = ""):
         assert ours == pytest.approx(theirs, rel=tolerance), key
 
 
-def sample(produced: list[int], uncut: int, loop: bool = False) -> dict:
+def sample(produced: list[int], uncut: int, loop: bool = False, conversation: int = 0) -> dict:
     tokens = list(range(sum(produced) + 1))
     entry = {"tokens": tokens, "produced": produced, "uncut_cycles": uncut, "phases": [2, 1, 1]}
     plain = {"tokens": tokens, "produced": [1] * (len(tokens) - 1), "uncut_cycles": len(tokens) - 1}
-    return {"task": "code", "loop": loop, "methods": {"autoregressive": plain, "eagle": entry}}
+    methods = {"autoregressive": plain, "eagle": entry}
+    return {"task": "code", "conversation": conversation, "loop": loop, "methods": methods}
 
 
 def test_tau_is_tokens_over_uncut_cycles_summed_over_loop_free_prompts():
@@ -104,6 +105,18 @@ def test_tau_is_tokens_over_uncut_cycles_summed_over_loop_free_prompts():
     low, high = head["tau_interval"]
     assert low <= head["tau"] <= high
     assert figures["loop_free"] == 2
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_the_turns_of_a_conversation_are_drawn_together(together):
+    """Drawn apart, sixteen turns of four conversations would pass for sixteen that know nothing of
+    each other, and the interval would be half as wide."""
+    samples = [sample([1 + i // 4] * 4, 4, False, i // 4 if together else i) for i in range(16)]
+    seconds = {"autoregressive": [[1.0] * 16], "eagle": [[1.0] * 16]}
+    costs = {"step": 1.0, "eagle": {"verify": 1.0, "draft": 0.0}}
+    methods = {"eagle": {"head": "eagle", "gamma": 4, "nodes": 0, "setting": "chain"}}
+    low, high = evaluate(methods, 0, samples, seconds, costs)["heads"]["eagle"]["tau_interval"]
+    assert (1.7 if together else 0.9) < high - low < (2.6 if together else 1.3)
 
 
 def test_koala_is_compared_with_its_original_and_trees_with_their_chain():

@@ -10,15 +10,17 @@ import os
 import shutil
 import signal
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import train
 import train_target
-from budget import KINDS, TRAINING, WRITING, Budget, Seconds
+from budget import KINDS, TRAINING, WRITING, Budget, Seconds, step_seconds
 from cli import UserError
 from features import Features, Text, measure_acceptance, spread
+from head_training import HeadTraining
 from model import load_checkpoint, load_target
 from recipe import HEADS, TrainConfig
 from runs import load_head, trained_heads
@@ -209,6 +211,56 @@ def test_an_interrupted_run_ends_as_the_undisturbed_one(
     assert not list(tmp_path.glob("*.progress.pt"))
 
 
+def test_an_interrupt_while_the_discriminator_learns_alone_is_heeded_at_once(
+    tiny_run, tmp_path, call, monkeypatch
+):
+    """Beside a large target its steps alone take minutes; they begin anew then, and end the same."""
+    argv = [*tiny_run.flags, "--out_dir", tmp_path, "--head", "eagle-koala"]
+    (tmp_path / "target.pt").write_bytes(tiny_run.target_before_heads)
+    alone, calls = HeadTraining.discriminator_alone, []
+
+    def interrupted(training, batch):
+        calls.append(alone(training, batch))
+        if len(calls) == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(HeadTraining, "discriminator_alone", interrupted)
+        status, _, err = call(train.main, *argv)
+    assert status == 130 and len(calls) == 2 and "eagle-koala stands at step 18 of 31" in err
+    status, out, err = call(train.main, *argv)
+    assert status == 0 and "eagle-koala: going on at step 18" in out, err
+    assert_same_weights(tmp_path / "eagle-koala.pt", tiny_run.folder / "eagle-koala.pt")
+
+
+def test_a_head_that_diverged_is_not_kept(tiny_run, tmp_path, call):
+    """Its first choice is some token even where all its logits are nan, and now and then the right one."""
+    (tmp_path / "target.pt").write_bytes(tiny_run.target_before_heads)
+    argv = [*tiny_run.flags, "--out_dir", tmp_path, "--head", "eagle", "--head_lr", "1e30"]
+    status, _, err = call(train.main, *argv)
+    assert status == 2 and "eagle diverged: try a lower --head_lr" in err
+    assert not (tmp_path / "eagle.pt").exists()
+
+
+@pytest.mark.parametrize("stage", ["target", "eagle"])
+def test_a_stage_is_not_gone_on_with_in_another_dtype(stage, tiny_run, tmp_path, call, monkeypatch):
+    """By --dtype auto it could be, since that measures anew each time."""
+    argv = [*tiny_run.flags, "--out_dir", tmp_path, "--head", "eagle"]
+    if stage != "target":
+        (tmp_path / "target.pt").write_bytes(tiny_run.target_before_heads)
+
+    def interrupt(step: int, steps: int) -> float:
+        os.kill(os.getpid(), signal.SIGINT)
+        return schedule(step, steps)
+
+    with monkeypatch.context() as patch:
+        for module in (train, train_target):
+            patch.setattr(module, "schedule", interrupt)
+        assert call(train.main, *argv)[0] == 130
+    status, _, err = call(train.main, *argv, "--dtype", "bfloat16")
+    assert status == 2 and f"{stage}.progress.pt" in err and "dtype in use torch.float32" in err
+
+
 def test_the_discriminator_changes_a_head_through_its_loss_only(tiny_run, tmp_path, call):
     """With a lambda that underflows D is trained beside, and the head is that of lambda = 0."""
     (tmp_path / "target.pt").write_bytes(tiny_run.target_before_heads)
@@ -330,6 +382,53 @@ def test_a_head_that_comes_later_is_measured_then(tmp_path):
     assert later.head_tokens("eagle-koala") == first.head_tokens("eagle")
 
 
+def test_a_kind_that_comes_later_goes_through_the_rounds_of_the_others(tmp_path):
+    new_budget(tmp_path, minutes=10.0).share_out(["eagle"], COSTS.get)
+    more = new_budget(tmp_path, complete=True, more=True, minutes=30.0)
+    more.share_out(["eagle"], COSTS.get)
+    measured = []
+    more.share_out(["medusa"], lambda name: measured.append(name) or COSTS[name])
+    assert measured == ["medusa"]  # once for both rounds
+    for name in ("eagle", "medusa"):
+        first, second = (more.head_tokens(name, number) for number in (1, 2))
+        assert second == pytest.approx(3 * first, rel=0.02)
+
+
+class Timed:
+    """A HeadTraining whose steps take as long as they are said to."""
+
+    def __init__(self, clock: list, **settings):
+        settings = dict(context=64, batch_tokens=64, own_steps=3) | settings
+        self.config, self.clock = TrainConfig(**settings), clock
+        self.weight, self.discriminator, self.head = 0.1, object(), torch.nn.Identity()
+
+    def start(self, train):
+        self.lesson = lambda batch: batch
+
+    def step(self, batch, joint, own_steps, rate):
+        self.clock[0] += {(0, 1): 1.0, (0, 3): 3.0, (1, 1): 10.0, (1, 3): 30.0}[joint, own_steps]
+
+    def discriminator_alone(self, batch):
+        self.clock[0] += 2.0
+
+
+@pytest.mark.parametrize(
+    "settings, step",
+    [
+        (dict(own_from=0.6, supervised_share=0.6), 0.6 * 1 + 0.4 * 30),
+        (dict(own_from=0.8, supervised_share=0.5), 0.5 * 1 + 0.3 * 10 + 0.2 * 30),
+        (dict(own_from=0.5, supervised_share=0.8), 0.5 * 1 + 0.3 * 3 + 0.2 * 30),
+        (dict(own_from=1.0, supervised_share=0.0), 10.0),
+    ],
+)
+def test_a_step_costs_what_its_sorts_cost_by_their_shares(settings, step, monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr("budget.time.perf_counter", lambda: clock[0])
+    train = SimpleNamespace(windows=[0], batch=lambda index: index)
+    seconds = step_seconds(Timed(clock, **settings), train, lambda head: None)
+    assert seconds.step == pytest.approx(step) and seconds.once == pytest.approx(2.0 * 200)
+
+
 def test_a_budget_too_small_still_trains_a_little(tmp_path):
     budget = new_budget(tmp_path, minutes=1e-6)
     budget.share_out(list(HEADS), COSTS.get)
@@ -340,7 +439,8 @@ def test_writing_ends_when_its_share_of_the_time_is_over_or_heads_have_begun(tmp
     budget = new_budget(tmp_path)
     assert not budget.enough(10**6, 600 * WRITING - 0.1) and budget.enough(0, 600 * WRITING)
     budget.share_out(list(HEADS), COSTS.get)
-    assert budget.enough(0, 0.0)  # what they learn from must not change under them
+    assert budget.enough(1, 0.0)  # what they learn from must not change under them
+    assert not budget.enough(0, 0.0)  # unless somebody has removed it
     more = new_budget(tmp_path, complete=True, more=True, minutes=5.0)
     assert more.enough(0, 900 * WRITING) and not more.enough(0, 900 * WRITING - 0.1)
     # EAGLE, which learns from the corpus here, is no reason to write nothing for Medusa.
@@ -443,13 +543,63 @@ def test_more_goes_on_with_the_old_weights_and_more_text(rounds, call, monkeypat
     assert second["rounds"][:1] == first["rounds"] and len(second["rounds"]) == 2
     assert second["rounds"][1]["windows"] > first["rounds"][0]["windows"]
     assert second["settings"]["round"] == 2
+    assert second["kept_step"] == 0  # nothing was better than what there was
+    tokens = [row["tokens"] for row in second["log"]]
+    assert second["log"][: len(first["log"])] == first["log"] and tokens == sorted(tokens)
+    assert tokens[-1] == sum(entry["tokens"] for entry in second["rounds"])
     # And at an ordinary one it learns on.
+    monkeypatch.setattr(Stage, "keep_if_best", keep_the_last)
     status, _, err = call(train.main, *argv, "--more")
     assert status == 0, err
     third = load_checkpoint(tmp_path / "run" / "eagle.pt", "draft head")["training"]
     assert len(third["rounds"]) == 3 and third["seconds"] > second["seconds"]
     with pytest.raises(AssertionError):
         assert_same_weights(tmp_path / "run" / "eagle.pt", folder / "eagle.pt")
+
+
+def keep_the_last(stage: Stage, score, module, step=None) -> None:
+    stage.best_step, stage.best = 1, {k: v.clone() for k, v in module.state_dict().items()}
+
+
+def test_more_training_does_not_make_a_head_worse(rounds, call, monkeypatch, tmp_path):
+    """After a round that taught it nothing good, it is the head it was."""
+    folder, argv = rounds
+    argv = [str(tmp_path / "run") if word == str(folder) else word for word in argv]
+    shutil.copytree(folder, tmp_path / "run")
+    monkeypatch.setattr("selfwritten.ON_CPU", 20)
+    monkeypatch.setattr(train, "schedule", lambda step, steps: 1e3)
+    status, _, err = call(train.main, *argv, "--more")
+    assert status == 0, err
+    assert_same_weights(tmp_path / "run" / "eagle.pt", folder / "eagle.pt")
+
+
+def test_a_head_that_comes_later_goes_through_all_rounds(rounds, call, monkeypatch, tmp_path):
+    """Or it would have learnt from fewer tokens than those it is compared with."""
+    folder, argv = rounds
+    argv = [str(tmp_path / "run") if word == str(folder) else word for word in argv]
+    shutil.copytree(folder, tmp_path / "run")
+    monkeypatch.setattr("selfwritten.ON_CPU", 20)
+    assert call(train.main, *argv, "--more")[0] == 0
+    argv[argv.index("eagle")] = "eagle-later"
+    for said in ("eagle-later ", "eagle-later: trained already"):
+        status, out, err = call(train.main, *argv)
+        assert status == 0 and said in out, err
+    amounts = []
+    for name in ("eagle", "eagle-later"):
+        record = load_checkpoint(tmp_path / "run" / f"{name}.pt", "draft head")["training"]
+        amounts.append([entry["tokens"] for entry in record["rounds"]])
+    assert amounts[0] == amounts[1] and len(amounts[0]) == 2
+
+
+def test_text_that_was_removed_is_written_anew(rounds, call, monkeypatch, tmp_path):
+    folder, argv = rounds
+    argv = [str(tmp_path / "run") if word == str(folder) else word for word in argv]
+    shutil.copytree(folder, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "conversations")
+    monkeypatch.setattr("selfwritten.ON_CPU", 20)
+    argv[argv.index("eagle")] = "eagle-later"
+    status, out, err = call(train.main, *argv)
+    assert status == 0 and " texts of " in out, err
 
 
 def test_a_round_that_was_interrupted_goes_on_as_that_round(rounds, call, monkeypatch, tmp_path):

@@ -19,6 +19,7 @@ from sampling import distribution
 from selfwritten import (
     ASKING,
     CONTINUING,
+    HELD_OUT,
     LOOP,
     TEMPERATURES,
     TURN_TOKENS,
@@ -222,6 +223,26 @@ def test_writing_goes_on_where_it_stopped_as_if_it_had_not(tmp_path, few_at_once
         assert torch.equal(getattr(whole, name), getattr(parts, name))
     assert len(set(map(tuple, whole.tokens.tolist()))) == 18  # no batch is written twice
     assert whole.learn.any()
+
+
+def test_a_text_that_is_begun_again_is_held_out_again_or_never(tmp_path, few_at_once):
+    """Nearly greedy texts from one opening are nearly the same."""
+    written = Conversations(tmp_path, {"target": "t", "length": 12, "width": 16, "seed": 5})
+    openings = torch.arange(50)[:, None].expand(-1, 5) + 10  # two and a half times HELD_OUT
+    enough = lambda tokens, seconds: tokens >= 12 * 120  # noqa: E731
+    write_until(written, chat_target(), ENCODING, None, openings, enough)
+    begun, held_out = written.tokens[:, 0].tolist(), torch.arange(120) % HELD_OUT == 0
+    held = {token for token, out in zip(begun, held_out) if out}
+    assert len(set(begun)) < 120  # some came again
+    assert not held & {token for token, out in zip(begun, held_out) if not out}
+
+
+def test_writing_takes_half_of_the_disk_at_most(tmp_path, few_at_once, monkeypatch, capsys):
+    free = SimpleNamespace(free=6 * 50 * 16 * 2)  # less than a batch of hidden states and tokens
+    monkeypatch.setattr(selfwritten.shutil, "disk_usage", lambda folder: free)
+    assert (
+        written_in(tmp_path, CHAT, 3).count == 6 and "half of the room" in capsys.readouterr().out
+    )
 
 
 def test_no_special_token_is_written_but_the_one_that_ends_a_turn(tmp_path, few_at_once):
