@@ -28,7 +28,9 @@ from tree import WIDTH, best_tree, chain, expected_length, fixed_tree, plan_draf
 
 SECONDS = 1.5  # that `best_size` may measure for
 LENGTH = 256  # of the text that they come after; half the window where that is less
+ROUNDS = 5  # that it measures at least, however long they take
 COUNTS = (1, 2, 4, 8, 16, 32)  # tokens of the passes it measures; the rest is interpolated
+DEPTHS = (1, 2, 4, 8)  # of the drafts it measures, likewise
 CHAINS = range(1, 9)  # depths it considers
 TREES = (4, 6, 8, 10, 12, 16, 20, 24, 31)  # nodes; with the root at most 32 tokens a pass
 
@@ -206,9 +208,9 @@ def expected_tau(head, gamma: int, nodes: int, temperature: float) -> float:
 def size_costs(target, head, sizes: list, temperature: float = 0.0) -> tuple[dict, dict]:
     """Seconds of passes {tokens: s} and of making drafts {(gamma, is it a tree): s}.
 
-    sizes: pairs (gamma, nodes). The passes and the drafts take turns for about SECONDS, at least
-    twice after a round that does not count: a large target takes longer. Each comes after what it
-    comes after in decoding, which is not timed.
+    sizes: pairs (gamma, nodes). The passes and the drafts take turns for about SECONDS, ROUNDS at
+    least: a large target takes longer. The first one does not count. Each comes after what it comes
+    after in decoding, which is not timed.
     """
     context, longest = target.config.context, max(gamma for gamma, _ in sizes)
     most = max(nodes or gamma for gamma, nodes in sizes) + 1
@@ -220,6 +222,9 @@ def size_costs(target, head, sizes: list, temperature: float = 0.0) -> tuple[dic
     drafts = {}  # what a tree costs to draft is a matter of its depth, hardly of its nodes
     for gamma, nodes in sizes:
         drafts[gamma, nodes > 0] = plan_draft(head, gamma, nodes, target)
+    wanted = list(drafts)
+    ends = {f(key for key in drafts if key[1] == tree) for _, tree in drafts for f in (min, max)}
+    drafts = {key: plan for key, plan in drafts.items() if key[0] in DEPTHS or key in ends}
     jobs |= {key: (bench.timed, bench.drafting(head, plan)) for key, plan in drafts.items()}
     # Before a plain step another one, before a verification a draft, before a draft a verification.
     deepest = bench.drafting(head, drafts[max(drafts)])
@@ -227,13 +232,18 @@ def size_costs(target, head, sizes: list, temperature: float = 0.0) -> tuple[dic
     before[1] = partial(bench.read, 1)
     samples = {name: [] for name in jobs}
     begin, rounds = time.perf_counter(), 0
-    while rounds < 3 or time.perf_counter() - begin < SECONDS:
+    while rounds < ROUNDS or time.perf_counter() - begin < SECONDS:
         for name, (job, argument) in jobs.items():
             before[name]()
             samples[name].append(job(argument))
         rounds += 1
     seconds = {name: statistics.median(values[1:]) for name, values in samples.items()}
-    return {n: seconds.pop(n) for n in counts}, seconds
+
+    def drafting(gamma: int, tree: bool) -> float:
+        depths = sorted(depth for depth, is_tree in drafts if is_tree == tree)
+        return np.interp(gamma, depths, [seconds[depth, tree] for depth in depths]).item()
+
+    return {n: seconds[n] for n in counts}, {key: drafting(*key) for key in wanted}
 
 
 def fastest(head, sizes: list, passes: dict, drafts: dict, temperature: float = 0.0) -> Size:

@@ -5,7 +5,16 @@ import torch
 from toys import tiny_head, tiny_target
 
 from cli import UserError
-from costs import Size, best_size, choose_dtype, expected_tau, fastest, isolated_costs, size_costs
+from costs import (
+    ROUNDS,
+    Size,
+    best_size,
+    choose_dtype,
+    expected_tau,
+    fastest,
+    isolated_costs,
+    size_costs,
+)
 from tree import chain, fixed_tree, plan_draft
 
 CPU = torch.device("cpu")
@@ -118,6 +127,32 @@ def test_every_job_is_measured_and_leaves_its_cache_as_it_was():
     passes, drafts = size_costs(target, head, [(1, 0), (2, 0), (2, 10)])
     assert list(passes) == [1, 2, 4, 8, 11]
     assert set(drafts) == {(1, False), (2, False), (2, True)}
+
+
+def test_drafts_between_the_measured_depths_are_interpolated(monkeypatch):
+    """More rounds of fewer drafts: a choice made from two rounds took trees that did not pay."""
+    measured = []
+
+    def drafting(bench, head, plan):
+        return lambda: plan.depth
+
+    def timed(bench, draft):
+        measured.append(draft())
+        return measured[-1] ** 2
+
+    monkeypatch.setattr("costs.Bench.drafting", drafting)
+    monkeypatch.setattr("costs.Bench.timed", timed)
+    monkeypatch.setattr("costs.Bench.read", lambda bench, count: 1.0)
+    monkeypatch.setattr("costs.SECONDS", 0.0)
+    target = tiny_target()
+    sizes = [(g, 0) for g in range(1, 8)] + [(3, 9), (5, 9)]
+    _, drafts = size_costs(target, tiny_head("eagle", 1, target), sizes)
+    assert sorted(set(measured)) == [1, 2, 3, 4, 5, 7] and measured.count(7) == ROUNDS
+    chains = {1: 1, 2: 4, 3: 10, 4: 16, 5: 27, 6: 38, 7: 49}
+    assert drafts == {(g, False): pytest.approx(s) for g, s in chains.items()} | {
+        (3, True): 9,
+        (5, True): 25,
+    }
 
 
 def test_a_plain_step_is_measured_after_a_plain_step(monkeypatch):
