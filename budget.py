@@ -73,9 +73,9 @@ class Budget:
         decided yet."""
         for kind, share in KINDS.items():
             members = [name for name in names if name.startswith(kind)]
-            undecided = [entry for entry in self.rounds if kind not in entry["tokens"]]
+            undecided = [entry for entry in self.rounds if members and kind not in entry["tokens"]]
             costs = [measure(name) for name in members] if undecided else []
-            for entry in undecided if members else ():
+            for entry in undecided:
                 left = 60 * entry["minutes"] * TRAINING * share - sum(c.once for c in costs)
                 steps = max(10, int(left / sum(c.step for c in costs)))
                 tokens = steps * self.config.of_head(kind).head_tokens_per_step

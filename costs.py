@@ -219,15 +219,16 @@ def size_costs(target, head, sizes: list, temperature: float = 0.0) -> tuple[dic
     length = min(LENGTH, context // 2, context - longest - 1)
     bench = Bench(target, length, most, sampler)
     jobs = {n: (bench.read, n) for n in counts}
-    drafts = {}  # what a tree costs to draft is a matter of its depth, hardly of its nodes
-    for gamma, nodes in sizes:
-        drafts[gamma, nodes > 0] = plan_draft(head, gamma, nodes, target)
-    wanted = list(drafts)
-    ends = {f(key for key in drafts if key[1] == tree) for _, tree in drafts for f in (min, max)}
-    drafts = {key: plan for key, plan in drafts.items() if key[0] in DEPTHS or key in ends}
-    jobs |= {key: (bench.timed, bench.drafting(head, plan)) for key, plan in drafts.items()}
+    # What a tree costs to draft is a matter of its depth, hardly of its nodes.
+    plans = {(gamma, nodes > 0): plan_draft(head, gamma, nodes, target) for gamma, nodes in sizes}
+    measured = {}  # depths: of chains and of trees those in DEPTHS, the lowest and the highest
+    for tree in {tree for _, tree in plans}:
+        depths = sorted(depth for depth, is_tree in plans if is_tree == tree)
+        measured[tree] = [d for d in depths if d in DEPTHS or d in (depths[0], depths[-1])]
+    drafts = [(depth, tree) for tree, depths in measured.items() for depth in depths]
+    jobs |= {key: (bench.timed, bench.drafting(head, plans[key])) for key in drafts}
     # Before a plain step another one, before a verification a draft, before a draft a verification.
-    deepest = bench.drafting(head, drafts[max(drafts)])
+    deepest = bench.drafting(head, plans[max(plans)])
     before = dict.fromkeys(counts, deepest) | dict.fromkeys(drafts, partial(bench.read, most))
     before[1] = partial(bench.read, 1)
     samples = {name: [] for name in jobs}
@@ -238,12 +239,9 @@ def size_costs(target, head, sizes: list, temperature: float = 0.0) -> tuple[dic
             samples[name].append(job(argument))
         rounds += 1
     seconds = {name: statistics.median(values[1:]) for name, values in samples.items()}
-
-    def drafting(gamma: int, tree: bool) -> float:
-        depths = sorted(depth for depth, is_tree in drafts if is_tree == tree)
-        return np.interp(gamma, depths, [seconds[depth, tree] for depth in depths]).item()
-
-    return {n: seconds[n] for n in counts}, {key: drafting(*key) for key in wanted}
+    of_depths = {tree: [seconds[d, tree] for d in depths] for tree, depths in measured.items()}
+    drafting = {key: np.interp(key[0], measured[key[1]], of_depths[key[1]]).item() for key in plans}
+    return {n: seconds[n] for n in counts}, drafting
 
 
 def fastest(head, sizes: list, passes: dict, drafts: dict, temperature: float = 0.0) -> Size:

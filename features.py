@@ -154,7 +154,8 @@ def measure_acceptance(
     agree = ranks[:, 0]
     result = {f"agree_{i + 1}": value.item() for i, value in enumerate(agree)}
     result |= {f"alpha_{i + 1}": value.item() for i, value in enumerate(alpha)}
-    # Of a head that diverged even the first choice is some token: but alpha is nan, and so is tau.
-    result["tau_estimate"] = 1 + agree.cumprod(0).sum().item() + 0 * alpha.sum().item()
+    # Of a head that diverged the first choice is some token all the same: alpha alone tells.
+    diverged = alpha.isnan().any()
+    result["tau_estimate"] = math.nan if diverged else 1 + agree.cumprod(0).sum().item()
     lists = {"ranks": ranks, "mass": mass, "heated": heated / drafts}
     return result | ({key: rows.tolist() for key, rows in lists.items()} if by_rank else {})

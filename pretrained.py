@@ -333,9 +333,10 @@ def chat_form(template: str, bos: str, eos: str) -> dict:
         first, to_answer, to_ask, again = written(3)
         if again != to_answer or written(5) != [first, to_answer, to_ask, to_answer, to_ask, again]:
             raise ValueError("it changes with the length of the conversation")
-        blanks = [f"{first} ", f" {to_answer} ", f" {to_ask} ", f" {again}"]
-        trims = written(3, " ") != blanks
-        if trims and written(3, " ") != written(3):
+        blanks = written(3, " ")
+        trims = blanks == [first, to_answer, to_ask, again]
+        kept = blanks == [f"{first} ", f" {to_answer} ", f" {to_ask} ", f" {again}"]
+        if not (trims or kept):
             raise ValueError("it does with blanks around what is said what is not known here")
     except (ValueError, TemplateError) as error:
         raise UserError(f"its chat template cannot be followed: {error}") from error

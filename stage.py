@@ -60,7 +60,7 @@ class Stage:
     ):
         self.path, self.log_path = folder / f"{name}.progress.pt", folder / f"{name}.csv"
         self.name, self.steps, self.settings, self.parts = name, steps, settings, parts
-        self.step, self.seconds, self.rows, self.wanted = 0, 0.0, list(earlier), []
+        self.step, self.seconds, self.rows, self.interrupted = 0, 0.0, list(earlier), False
         self.before = earlier[-1] if earlier else {"step": 0, "tokens": 0, "seconds": 0.0}
         self.best, self.best_step, self.score = None, None, -math.inf
         if self.path.is_file():
@@ -100,18 +100,18 @@ class Stage:
         what an undisturbed run would have had there. Raises KeyboardInterrupt then.
         """
 
-        def stop(number: int) -> None:
-            if self.wanted:  # asked twice: now, at the cost of what the last minute taught
+        def stop(number: int, frame) -> None:
+            if self.interrupted:  # asked twice: now, at the cost of what the last minute taught
                 raise KeyboardInterrupt
-            self.wanted.append(number)
+            self.interrupted = True
 
         signals = (signal.SIGINT, signal.SIGTERM)
-        previous = [signal.signal(s, lambda number, _: stop(number)) for s in signals]
+        previous = [signal.signal(s, stop) for s in signals]
         try:
             while self.step < self.steps:
                 yield self.step
                 self.step += 1
-                if self.wanted:
+                if self.interrupted:
                     self.save()
                     self.heed()
                 if time.monotonic() - self.saved > SAVE_SECONDS or self.step == self.steps:
@@ -122,7 +122,7 @@ class Stage:
 
     def heed(self) -> None:
         """Stop if that is wanted. For parts of a long step too, before which the state was saved."""
-        if self.wanted:
+        if self.interrupted:
             raise KeyboardInterrupt(
                 f"{self.name} stands at step {self.step} of {self.steps}; "
                 f"the same command goes on from there"

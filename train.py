@@ -251,12 +251,14 @@ def train_heads(config: TrainConfig, text: Text | None, device, autocast) -> Non
         lesson = lessons.of(name)
         budget.share_out(names, cost)
         # A head that comes later goes through the same rounds as the others did.
-        while (done := rounds_of(before) if before else 0) < budget.round:
+        done = rounds_of(before) if before else 0
+        for number in range(done + 1, budget.round + 1):
+            if number > done + 1:
+                before = load_checkpoint(path, "draft head")
             if config.minutes is not None:
-                tokens = budget.head_tokens(name, done + 1)
-                wanted |= {"round": done + 1, "head_tokens": tokens}
+                tokens = budget.head_tokens(name, number)
+                wanted |= {"round": number, "head_tokens": tokens}
             train_head(own, name, target, wanted, *lesson, autocast, before)
-            before = load_checkpoint(path, "draft head")
     found = [load_checkpoint(folder / f"{name}.pt", "draft head") for name in trained_heads(folder)]
     records = [head["training"] for head in found if head["target"] == target_print]
     (folder / "heads.md").write_text(heads_table(records) + "\n")
