@@ -190,27 +190,38 @@ def without_favourite(target, favourite):
 # ----------------------------------------------------------------------------- what the head is fed
 
 
+# The path accepted in a tree lies scattered among its nodes: its states are not the first ones.
+TREES = [dict(plan=PLANS["fixed tree"]), dict(plan=PLANS["growing tree"])]
+
+
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-@pytest.mark.parametrize("gamma", [1, 3, 8])
+@pytest.mark.parametrize("size", [dict(gamma=1), dict(gamma=3), dict(gamma=8), *TREES], ids=str)
 def test_a_head_reads_the_text_and_the_states_before_each_token(
-    target, kind, gamma, temperature, prompts, trained
+    target, kind, size, temperature, prompts, trained
 ):
     """The same tokens and states that a single pass over the finished text would give it."""
-    recorder = Recorder(trained(kind, 2))
+    recorder, out_of_place = Recorder(trained(kind, 2)), 0
+
+    def note(cycle):
+        nonlocal out_of_place
+        out_of_place += cycle.path != list(range(len(cycle.path)))
+
     for prompt in prompts[:3]:
         recorder.tokens, recorder.hidden = [], []
-        request = dict(gamma=gamma, temperature=temperature, seed=3)
+        request = size | dict(temperature=temperature, seed=3, on_cycle=note)
         text = prompt + generate(target, prompt, 100, head=recorder, **request).tokens
         read = len(recorder.tokens)
-        assert read >= len(text) - 3 - gamma  # the last cycles' text is never read
+        assert read >= len(text) - 11  # the last cycles' text is never read
         assert recorder.tokens == text[1 : read + 1]
         hidden = target(torch.tensor([text]))[0, :read]
         torch.testing.assert_close(torch.stack(recorder.hidden), hidden, rtol=0, atol=1e-10)
+    if "plan" in size:  # else states in the order of the tree would have passed for the path's
+        assert out_of_place > 0
 
 
-@pytest.mark.parametrize("gamma", [2, 4])
+@pytest.mark.parametrize("size", [dict(gamma=2), dict(gamma=4), *TREES], ids=str)
 def test_a_head_drafts_as_one_that_reads_the_certain_text_at_once(
-    target, kind, gamma, prompts, trained
+    target, kind, size, prompts, trained
 ):
     """And it does so again when asked again: a draft leaves nothing behind."""
 
@@ -219,26 +230,26 @@ def test_a_head_drafts_as_one_that_reads_the_certain_text_at_once(
             super().absorb(state, tokens, hidden)
             fresh = self.head.start(target.config.context)
             self.head.absorb(fresh, torch.tensor([self.tokens]), torch.stack(self.hidden)[None])
-            n = min(gamma, target.config.context - len(self.tokens) - 1)
+            n = min(4, target.config.context - len(self.tokens) - 1)
             first, again, other = (draft_chain(self.head, s, n) for s in (state, state, fresh))
             for tokens, logits in (again, other):
                 assert torch.equal(tokens, first[0])
                 torch.testing.assert_close(logits, first[1], rtol=0, atol=1e-10)
 
     for prompt in prompts[:3]:
-        generate(target, prompt, 100, head=Checked(trained(kind, 2)), gamma=gamma)
+        generate(target, prompt, 100, head=Checked(trained(kind, 2)), **size)
 
 
 @pytest.mark.parametrize("layers", [1, 2, 3])
-@pytest.mark.parametrize("gamma", [2, 4])
-def test_eagles_state_is_that_of_the_certain_text_alone(target, layers, gamma, prompts, trained):
+@pytest.mark.parametrize("size", [dict(gamma=2), dict(gamma=4), *TREES], ids=str)
+def test_eagles_state_is_that_of_the_certain_text_alone(target, layers, size, prompts, trained):
     """Cycles of drafting and rejecting leave no trace in its cache or its last guess."""
 
     class Checked(Recorder):
         checks = partial = 0
 
         def absorb(self, state, tokens, hidden):
-            self.partial += 1 < tokens.shape[1] <= gamma and state.length > 0
+            self.partial += 1 < tokens.shape[1] <= 4 and state.length > 0
             super().absorb(state, tokens, hidden)
             fresh = self.head.start(target.config.context)
             whole = torch.tensor([self.tokens]), torch.stack(self.hidden)[None]
@@ -256,7 +267,7 @@ def test_eagles_state_is_that_of_the_certain_text_alone(target, layers, gamma, p
     checks = partial = 0
     for prompt in prompts[:3]:
         head = Checked(trained("eagle", layers))
-        generate(target, prompt, 100, head=head, gamma=gamma)
+        generate(target, prompt, 100, head=head, **size)
         checks, partial = checks + head.checks, partial + head.partial
     assert checks > 10 and partial > 0  # some drafts were accepted in part
 

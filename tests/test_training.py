@@ -390,6 +390,60 @@ def state_of(training) -> list[torch.Tensor]:
     return [value.clone() for value in tensors if isinstance(value, torch.Tensor)]
 
 
+@pytest.mark.parametrize("name", ["medusa-koala", "eagle-koala", "eagle-exact"])
+@pytest.mark.parametrize("log", [False, True])
+def test_a_joint_step_is_one_of_D_and_then_one_of_the_head(name, log):
+    """Both losses written by hand, with whole tensors, from discriminator.py and draft_head.py.
+
+    Without it a D that never steps, or a lambda of the wrong sign, would leave every other test green
+    and turn the finding on the discriminator into one about a bug.
+    """
+    flags = dict(head=name, layers=2, adversarial_weight=0.5, own_steps=2)
+    flags["discriminator"] = "exact" if name == "eagle-exact" else "learnt"
+    (ours, features), (hand, _) = head_training(name, **flags), head_training(name, **flags)
+    batch = ours.lesson(features.batch(torch.arange(4)))
+    head, judge, target = hand.head, hand.discriminator, hand.target
+    if judge is not None:  # one that has an opinion: a new one teaches nothing
+        for training in (ours, hand):
+            torch.manual_seed(7)
+            torch.nn.init.normal_(training.discriminator.judge.weight, std=0.3)
+    torch.manual_seed(1)
+    ours.step(batch, True, 2, log=log)  # the one call of what is tested
+
+    torch.manual_seed(1)
+    guess = head(batch, 2)
+    places = []  # of each draft position: weight, logits, state, h_t, h+, p, label
+    for i, (logits, state) in enumerate(zip(guess.logits, guess.states), start=1):
+        before, after = batch.rows(batch.hidden[:, :-i], i), batch.rows(batch.hidden[:, i:], i)
+        p = target.lm_head(after).softmax(-1)
+        label = batch.rows(batch.tokens[:, i + 1 :], i) if "medusa" in name else p
+        places.append(
+            (0.8 ** (i if "medusa" in name else i - 1), logits, state, before, after, p, label)
+        )
+    if judge is not None:
+        loss = 0.0
+        for i, (weight, logits, _, before, after, p, _) in enumerate(places):
+            q = logits.detach().softmax(-1)
+            loss = loss + weight * discriminator_loss(judge(before, after, i), p, q)
+        hand.d_optimizer.zero_grad()
+        loss.backward()
+        hand.d_optimizer.step()
+    loss = 0.0
+    for i, (weight, logits, state, before, after, p, label) in enumerate(places):
+        q = logits.softmax(-1)
+        judged = exact_logits(p, q) if judge is None else judge(before, after, i)
+        supervised = head.supervised_loss(logits, label, state, after)
+        loss = loss + weight * (supervised + 0.5 * adversarial_loss(judged, q))
+    hand.optimizer.zero_grad()
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(head.parameters(), 1.0)
+    hand.optimizer.step()
+
+    for mine, theirs in ((ours.head, head), (ours.discriminator, judge)):
+        for one, other in zip(mine.parameters(), theirs.parameters()) if theirs is not None else ():
+            torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", ["medusa-koala", "eagle-koala"])
 @pytest.mark.parametrize("joint", [False, True])
 def test_a_batch_with_nothing_to_learn_changes_nothing(name, joint):
