@@ -464,6 +464,63 @@ def test_a_reranked_tree_must_not_be_treated_as_sampled():
     torch.testing.assert_close(one_token_law(p, kept, as_named), p)
 
 
+# --------------------------------------------------------------- the exact law of named tokens
+
+# Two-level trees with the token that each node names; siblings differ, cousins need not.
+NAMED = {
+    "chain": {(0,): 2, (0, 0): 1},
+    "siblings": {(0,): 3, (1,): 0, (2,): 1},
+    "two and two": {(0,): 1, (1,): 2, (0, 0): 0, (0, 1): 1, (1, 0): 1},
+    "deep second": {(0,): 0, (1,): 3, (1, 0): 3, (1, 1): 2, (1, 2): 0},
+}
+
+
+def law_by_match(p, named: dict) -> torch.Tensor:
+    """The law of three tokens by `match`, all draws of the target's own token at each node gone
+    through; what a cycle does not write is completed with the target's own law."""
+    tree = FixedTree(tuple(named), CPU)
+    texts = [tuple(named[path[:d]] for d in range(1, len(path) + 1)) for path in [(), *tree.paths]]
+    tokens = torch.tensor([0, *(text[-1] for text in texts[1:])])
+    rows = [p[len(text)][text].double() for text in texts]  # the target's p after each node
+    law = torch.zeros([VOCAB] * 3, dtype=torch.float64)
+    for choice in itertools.product(range(VOCAB), repeat=len(rows)):
+        probability = torch.stack([row[x] for row, x in zip(rows, choice)]).prod()
+        if probability > 0:
+            node, following = match(tokens, tree.shape, torch.tensor(choice))
+            written = (*texts[node], following.item())
+            law[written] += probability * rest_of(p, written)
+    return law
+
+
+def law_by_fresh_draws(p, named: dict, text: tuple = (), path: tuple = ()) -> torch.Tensor:
+    """The same by a wrong rule: each sibling is compared with a draw of its own from p."""
+    if len(text) == 3:
+        return torch.ones((), dtype=torch.float64)
+    row, reach = p[len(text)][text].double(), 1.0
+    law = torch.zeros([VOCAB] * (3 - len(text)), dtype=torch.float64)
+    for child in sorted(other for other in named if other[:-1] == path and other):
+        x = named[child]
+        law[x] += reach * row[x] * law_by_fresh_draws(p, named, (*text, x), child)
+        reach = reach * (1 - row[x])
+    for x in range(VOCAB):
+        law[x] += reach * row[x] * rest_of(p, (*text, x))
+    return law
+
+
+@pytest.mark.parametrize("name", SAMPLING)
+@pytest.mark.parametrize("shape", NAMED)
+def test_a_tree_of_named_tokens_writes_exactly_the_targets_law(shape, name):
+    p = random_tables(1, 3, VOCAB, **SAMPLING[name])
+    assert (law_by_match(p, NAMED[shape]) - rest_of(p)).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("shape", set(NAMED) - {"chain"})
+def test_a_fresh_draw_for_each_sibling_is_seen(shape):
+    """It looks like the rule, and names a second sibling too seldom."""
+    p = random_tables(1, 3, VOCAB, **SAMPLING["plain"])
+    assert (law_by_fresh_draws(p, NAMED[shape]) - rest_of(p)).abs().sum() / 2 > 0.01
+
+
 @pytest.mark.parametrize("children", [[], [2], [0, 3], [3, 1, 0], [0, 1, 2, 3]], ids=str)
 def test_matching_one_sample_is_judging_siblings_with_one_hot_q(children):
     """`match` draws one token and looks for it; the rule goes through the siblings. One law."""
