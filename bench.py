@@ -1,4 +1,4 @@
-"""The numbers: acceptance length and speedup, how sure they are, and what explains them.
+"""The numbers: acceptance length and speedup, how sure they are, and the cost model's prediction.
 
 **tau**, the acceptance length, is tokens per pass of the target, its own token included, summed
 over prompts: between 1 and gamma + 1. The prefill is no cycle, and a cycle that the token limit
@@ -16,7 +16,8 @@ measured beforehand, in isolated passes at the run's middle context length: see 
 and any difference has to be a near-tie of the target's logits, else this script exits with 1. A
 small model repeats itself when decoded greedily, and loops flatter every draft: prompts are decoded
 plainly until enough of them give a text without a loop (at least half of its 4-grams distinct).
-Headline numbers are theirs; how many looped is counted, and some of those are measured apart.
+Headline numbers are theirs; the number of looped ones is counted, and some are measured apart. This
+is the last file of the reading order; study/ holds the statistics, prompts and tables.
 """
 
 import platform
@@ -32,19 +33,19 @@ from typing import NamedTuple
 
 import torch
 
-from chat import Question
-from cli import UserError, describe_device, fail, number_or_auto, option, parse, run, write_json
-from costs import best_size, isolated_costs, synchronized_time
-from features import Features, Text, measure_acceptance, spread
-from figures import evaluate, is_loop
-from model import check_prompt, load_checkpoint
-from prompts import check_prompts, load_prompts
-from recipe import HEADS, text_packages
-from report import README, RESULTS, bench_tables, plot_bench, plot_gain, readme_tables
-from runs import find_run, head_path, load, load_head
+from costs import best_size, isolated_costs
+from drafts import measure_acceptance, plan_draft
+from plumbing.cli import UserError, fail, number_or_auto, option, parse, run
+from plumbing.files import load_checkpoint, write_json
+from plumbing.machine import describe_device, synchronized_time
+from recipe import HEADS
 from sampling import Sampler, argmax
-from speculate import generate
-from tree import plan_draft
+from speculate import DecodeConfig, generate
+from study.prompts import check_prompts, choose_prompts, held_out_text, load_prompts, request_of
+from study.report import bench_tables, plot_bench
+from study.statistics import evaluate, is_loop
+from targets.features import Features, evenly
+from targets.runs import find_run, head_path, load, load_head
 
 WARM_UP = 2  # prompts decoded before anything is timed
 # The largest gap between the target's two best logits at which two outputs may part: rounding. (In
@@ -54,41 +55,23 @@ NEAR_TIE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 1.0}
 
 
 @dataclass(frozen=True)
-class BenchConfig:
-    out_dir: str | None = option(None, "the run's folder; default: the newest under out/")
-    heads: list[str] | None = option(None, "heads to measure; default: the run's four", nargs="+")
-    gamma: int | str = option(
-        4, "tokens of a chain, or depth of a tree; auto: by measurement", type=number_or_auto
-    )
+class BenchConfig(DecodeConfig):
+    heads: list[str] | None = option(None, "heads to measure; default: the run's own", nargs="+")
     nodes: tuple[int | str, ...] = option(
-        (0,),
-        "tokens of a tree; 0: a chain; auto; several to compare",
-        nargs="+",
-        type=number_or_auto,
+        (0,), "sizes of tree to compare; 0: a chain; auto", nargs="+", type=number_or_auto
     )
-    num_prompts: int = option(40, "loop-free prompts wanted, from all tasks of the held-out text")
+    num_prompts: int = option(40, "loop-free prompts wanted, from all tasks", least=1)
     prompts_file: str | None = option(
         None, "instead: a UTF-8 file with a prompt a line, or *.jsonl as Spec-Bench has them"
     )
     split: str = option("test", "of the default prompts", choices=["valid", "test"])
-    max_new_tokens: int = option(128, "tokens to write for each prompt")
-    temperature: float = option(0.0, "0 is greedy")
-    top_k: int = option(0, "sample from the k likeliest tokens only; 0: from all")
-    top_p: float = option(1.0, "sample from the likeliest tokens that reach this probability")
-    runs: int = option(3, "repetitions of every timing")
-    seed: int = option(0, "of sampling and of the bootstrap")
+    runs: int = option(3, "repetitions of every timing", least=1)
     name: str = option("bench", "of the result files, written to OUT_DIR/bench/")
-    readme: bool = option(False, "only rewrite README's tables and plot from results/*.json")
-    device: str = option("auto", "auto, cpu or cuda")
-    dtype: str = option("auto", "to decode in", choices=["auto", "float32", "bfloat16", "float64"])
-    compile: bool = option(False, "have torch compile the target's layers")
 
     def __post_init__(self):
+        super().__post_init__()
         if Path(self.name).name != self.name:
             raise UserError(f"--name {self.name!r} must be the name of a file, without a folder")
-        for name in ("num_prompts", "max_new_tokens", "runs"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name} is {getattr(self, name)}, it must be at least 1")
 
 
 # ---------------------------------------------------------------------------------- measuring
@@ -101,13 +84,14 @@ class Method(NamedTuple):
     gamma: int  # tokens in a chain, or depth of the tree
     nodes: int  # 0: a chain
     setting: str  # methods of one setting are compared: KOALA's head with the original's
-    chosen: str | None = None  # what the measurement said, where it chose
+    chosen: str | None = None  # the measurement's figures, where it chose
 
 
 def choose_methods(config: BenchConfig, target, heads: dict) -> tuple[dict, dict]:
-    """Every head with every size of draft. Returns ({name: Method as a dictionary}, {name: (head, plan)}).
+    """Every head with every size of draft.
 
-    Raises UserError for a size that a head cannot draft.
+    Returns ({name: Method as a dictionary}, {name: (head, plan)}). Raises UserError for a size that
+    a head cannot draft.
     """
     methods, ready = {}, {}
     for nodes in config.nodes:
@@ -139,69 +123,18 @@ def baseline_share(target, prompt: list[int], count: int, repeats: int) -> float
             token.item()
         return synchronized_time(device) - start
 
-    ratios = []
-    for _ in range(repeats + 1):
-        bare_seconds = bare()
-        ratios.append(bare_seconds / generate(target, prompt, count).seconds)
+    ratios = [bare() / generate(target, prompt, count).seconds for _ in range(repeats + 1)]
     return statistics.median(ratios[1:])
 
 
 @torch.inference_mode()
 def first_difference(target, prompt: list[int], ours: list[int], theirs: list[int]) -> dict:
-    """Where two outputs of one length part, and how far the worse token's logit is from the best."""
+    """Where two outputs part, and how far the worse token's logit is from the best there."""
     position = next(i for i, (a, b) in enumerate(zip(ours, theirs)) if a != b)
     text = torch.tensor([prompt + theirs[:position]], device=target.embed.weight.device)
     logits = target.lm_head(target(text)[0, -1]).float()
     either = logits[[ours[position], theirs[position]]]
     return {"position": position, "gap": (logits.max() - either.min()).item()}
-
-
-def choose_prompts(config: BenchConfig, target, candidates: list) -> tuple[list, dict]:
-    """The first `num_prompts` candidates whose plain text is free of loops, and a few that loop.
-
-    A candidate is (task, tokens), or a `chat.Question`: all its turns are played, each a prompt
-    that holds what was answered before. Returns (prompts, how many candidates were decoded and how
-    many of those looped); a prompt is (task, tokens, number of its candidate).
-    """
-    free, loops = [], []
-
-    def plain_text(number: int, task: str, prompt: list[int]) -> list[int]:
-        check_prompt(target.config, prompt)
-        tokens = generate(target, prompt, seed=config.seed, **request_of(config, target)).tokens
-        # Two tokens are one cycle at least; what is shorter says nothing about decoding.
-        if len(tokens) > 2:
-            (loops if is_loop(tokens) else free).append((task, prompt, number))
-        return tokens
-
-    for number, candidate in enumerate(candidates):
-        if isinstance(candidate, Question):
-            said = []
-            for turn in candidate.turns:
-                said.append(turn)
-                prompt = target.chat.prompt(said)
-                if len(said) > 1 and len(prompt) + config.max_new_tokens > target.config.context:
-                    break  # it has outgrown the window: its earlier turns count
-                answer = plain_text(number, candidate.category, prompt)
-                answer = [token for token in answer if token != target.chat.stop]
-                said.append(target.chat.encoding.decode(answer))
-        else:
-            plain_text(number, *candidate)
-        if len(free) >= config.num_prompts:
-            break
-    counts = {"candidates": len(free) + len(loops), "looped": len(loops)}
-    print(f"{counts['looped']} of {counts['candidates']} candidate prompts end in a loop")
-    return free + loops[: max(1, config.num_prompts // 4)], counts
-
-
-def request_of(config: BenchConfig, target) -> dict:
-    """What every text of a run is asked for with. A chat model may end its answer, and then stops."""
-    return dict(
-        max_new_tokens=config.max_new_tokens,
-        temperature=config.temperature,
-        top_k=config.top_k,
-        top_p=config.top_p,
-        stop_token=None if target.chat is None else target.chat.stop,
-    )
 
 
 def measure(config: BenchConfig, target, ready: dict, prompts: list) -> tuple[list, dict]:
@@ -235,10 +168,8 @@ def measure(config: BenchConfig, target, ready: dict, prompts: list) -> tuple[li
                         "phases": [out.draft_seconds, out.verify_seconds, out.other_seconds],
                     }
             if index >= 0 and (index + 1) % 10 == 0:
-                print(
-                    f"run {number + 1}/{config.runs}: {index + 1}/{len(prompts)} prompts",
-                    flush=True,
-                )
+                done = f"run {number + 1}/{config.runs}: {index + 1}/{len(prompts)} prompts"
+                print(done, flush=True)
     for row, (_, prompt, _) in zip(samples, prompts):
         plain = row["methods"]["autoregressive"]["tokens"]
         row["loop"] = is_loop(plain)
@@ -249,37 +180,21 @@ def measure(config: BenchConfig, target, ready: dict, prompts: list) -> tuple[li
     return samples, seconds
 
 
-def held_out_text(trained: dict, split: str) -> Text | None:
-    """This part of the text that a target was trained on; None where that was elsewhere."""
-    about = trained["training"]
-    if "data" not in about:
-        return None
-    text = Text(about["settings"]["data"], text_packages(about["settings"]), (split,))
-    if text.description["hash"] != about["data"]["hash"]:
-        raise UserError("the text has changed since the target was trained: its split is unknown")
-    text.use(trained["tokenizer"])
-    return text
-
-
 def commit() -> str | None:
     """The commit of the code, with a + if it has been changed since."""
     try:
-        git = ["git", "-C", str(README.parent), "describe", "--always", "--dirty=+"]
+        git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty=+"]
         return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
 
 
 def main() -> None:
-    config = parse(BenchConfig)
-    if config.readme:
-        README.write_text(readme_tables(README.read_text()))
-        plot_gain(RESULTS / "koala-gain.png")
-        return
+    config = parse(BenchConfig, about=__doc__)
     folder = find_run(config.out_dir)
     names = config.heads or [name for name in HEADS if (folder / f"{name}.pt").is_file()]
     if not names:
-        raise UserError(f"there is no trained head in {folder}: python train.py --stage heads")
+        raise UserError(f"there is no trained head in {folder}: train one with python train.py")
     target, _, encoding = load(folder, None, config.device, config.dtype, config.compile)
     trained = load_checkpoint(folder / "target.pt", "target")
     heads = {n: load_head(head_path(folder, n), target, trained["fingerprint"]) for n in names}
@@ -296,11 +211,11 @@ def main() -> None:
     prompts, counts = choose_prompts(config, target, candidates)
     rooms = check_prompts(config, target, depth, prompts)
 
-    on_text = None
+    held_out = None
     if text is not None:
-        rows = text.windows(config.split, target.config.context + 1)
-        features = Features(target, spread(rows, 64), 1.0, nullcontext)
-        on_text = {n: measure_acceptance(target, head, features, 64) for n, head in heads.items()}
+        rows = evenly(text.windows(config.split, target.config.context + 1), 64)
+        batch = Features(target, rows, nullcontext).batch(torch.arange(len(rows)))
+        held_out = {n: measure_acceptance(target, head, batch) for n, head in heads.items()}
     middle = statistics.median(len(p[1]) + room // 2 for p, room in zip(prompts, rooms))
     middle = min(int(middle), target.config.context - depth - 1)
     costs = isolated_costs(target, ready, middle, sampler)
@@ -318,7 +233,7 @@ def main() -> None:
         "config": asdict(config),
         "target": trained["training"],
         "training": {n: getattr(h, "training_record", None) for n, h in heads.items()},
-        "on_held_out_text": on_text,
+        "on_held_out_text": held_out,
         "isolated_seconds": costs,
         "baseline_share": share,
         "candidates": counts,

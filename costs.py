@@ -1,4 +1,4 @@
-"""What a pass costs, and how large a draft pays for itself.
+"""The cost of a pass, the speedup that follows, and the size of draft that pays.
 
 The cost model (2211.17192, theorem 3.8, in measured units) predicts the speedup from tau:
 
@@ -9,9 +9,11 @@ both in units of one plain step. They are measured here in passes that accept no
 nothing: taken from a decoding run's own timers they would agree with its speed by construction.
 
 Conditions have to be those of decoding, or the model explains nothing. A plain step is measured
-among plain steps. A verification is measured after a draft, and a draft after a verification, since each finds
-the processor's caches as the other left them: alone, in a loop of its own, it is up to a tenth
-faster. `best_size` chooses the size of the draft that the model likes best.
+among plain steps. A verification is measured after a draft, and a draft after a verification, since
+each finds the processor's caches as the other left them: alone, in a loop of its own, it is up to a
+tenth faster. `best_size` chooses the size of draft with the highest predicted speedup.
+
+Read next: bench.py.
 """
 
 import copy
@@ -23,8 +25,17 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from drafts import (
+    WIDTH,
+    best_tree,
+    chain_paths,
+    expected_length,
+    fixed_tree,
+    plan_draft,
+    rank_rates,
+)
+from plumbing.machine import synchronized_time
 from sampling import Sampler, argmax
-from tree import WIDTH, best_tree, chain, expected_length, fixed_tree, plan_draft, rank_rates
 
 SECONDS = 1.5  # that `best_size` may measure for
 LENGTH = 256  # of the text that they come after; half the window where that is less
@@ -35,14 +46,8 @@ CHAINS = range(1, 9)  # depths it considers
 TREES = (4, 6, 8, 10, 12, 16, 20, 24, 31)  # nodes; with the root at most 32 tokens a pass
 
 
-def synchronized_time(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
-
-
 class Bench:
-    """A text of `length` tokens that has been read, and passes that can be made after it."""
+    """A text of `length` tokens that has been read, and passes that are timed after it."""
 
     @torch.inference_mode()
     def __init__(self, target, length: int, extra: int, sampler: Sampler | None = None):
@@ -57,21 +62,19 @@ class Bench:
         self.hidden = target(self.tokens[:, :length], self.cache)
 
     def target_pass(self, tokens, *where) -> None:
-        """One pass of the target and the numbers it is made for. Rolling back is free."""
+        """One pass of the target and its choices as numbers. Rolling back is free."""
         self.cache.rollback(self.length)
         argmax(self.target.lm_head(self.target(tokens, self.cache, *where)[0])).tolist()
 
     def read(self, count: int) -> float:
-        """Seconds of a pass over `count` tokens: a plain step, or a tree of count - 1 nodes."""
+        """Seconds of a pass over `count` tokens: a plain step, or a draft of count - 1 nodes."""
         tokens = self.tokens[:, self.length : self.length + count]
         if count == 1:
             return self.timed(self.target_pass, tokens)
+        # A star: beside a small window a chain would reach beyond its end.
         shape = fixed_tree(tuple((r,) for r in range(count - 1)), self.device).shape
         where = self.length + shape.depth, shape.ancestors
         return self.timed(self.target_pass, tokens, *where)
-
-    def step(self) -> dict[str, float]:
-        return {"step": self.read(1)}
 
     def drafting(self, head, plan):
         """A function that drafts as after a cycle that accepted a middling number of tokens."""
@@ -96,11 +99,10 @@ class Bench:
         def job() -> dict[str, float]:
             begin = synchronized_time(self.device)
             drafted = draft()
-            middle = synchronized_time(self.device)
-            shape = drafted.shape
-            self.target_pass(drafted.tokens[None], self.length + shape.depth, shape.ancestors)
-            end = synchronized_time(self.device)
-            return {"draft": middle - begin, "verify": end - middle}
+            seconds = synchronized_time(self.device) - begin
+            where = drafted.positions_and_mask(self.length)
+            verify = self.timed(self.target_pass, drafted.tokens[None], *where)
+            return {"draft": seconds, "verify": verify}
 
         return job
 
@@ -120,7 +122,7 @@ def isolated_costs(target, methods: dict, length: int, sampler=None, turns: int 
     """
     most = max((plan.nodes for _, plan in methods.values()), default=0) + 1
     bench = Bench(target, length, most, sampler)
-    jobs = {"step": bench.step}
+    jobs = {"step": lambda: {"step": bench.read(1)}}
     jobs |= {name: bench.cycle(head, plan) for name, (head, plan) in methods.items()}
     samples = {name: {} for name in jobs}
     for _ in range(turns):
@@ -136,35 +138,11 @@ def isolated_costs(target, methods: dict, length: int, sampler=None, turns: int 
     return medians | {"step": medians["step"]["step"]}
 
 
-@torch.inference_mode()
-def choose_dtype(name: str, target, device: torch.device) -> tuple[torch.dtype, str]:
-    """The dtype to decode in on `device`, and why. `auto`: what was faster just now, for this target.
-
-    On CUDA that is bfloat16 wherever it is supported. On a CPU it depends on its instructions and
-    on the target's size, so that a plain step and a pass over 8 tokens are measured in both; a
-    tenth is asked for, since bfloat16 rounds more coarsely.
-    """
-    if name != "auto":
-        return getattr(torch, name), "as asked for"
-    if device.type == "cuda":
-        fast = torch.cuda.is_bf16_supported(including_emulation=False)
-        return (torch.bfloat16, "supported") if fast else (torch.float32, "bfloat16 unsupported")
-    middle = min(LENGTH, target.config.context // 2)
-    samples = {torch.float32: [], torch.bfloat16: []}
-    benches = {dtype: Bench(copy.deepcopy(target).to(dtype), middle, 8) for dtype in samples}
-    for _ in range(6):
-        for dtype, bench in benches.items():
-            samples[dtype].append(bench.read(1) + bench.read(8))
-    float32, bfloat16 = (statistics.median(values[1:]) for values in samples.values())
-    why = f"a pass in bfloat16 takes {bfloat16 / float32:.1f} times as long as in float32"
-    return (torch.bfloat16 if bfloat16 < 0.9 * float32 else torch.float32), why
-
-
 # ------------------------------------------------------------------------ the size of a draft
 
 
 class Size(NamedTuple):
-    """A size of draft and what the model says of it."""
+    """A size of draft and the model's figures for it."""
 
     gamma: int
     nodes: int  # 0: a chain
@@ -177,28 +155,25 @@ class Size(NamedTuple):
         return self.tau / (self.c_verify + self.c_draft)
 
     def __str__(self) -> str:
-        what = f"a tree of {self.nodes} tokens, at most {self.gamma} deep"
-        return (
-            f"{what if self.nodes else f'a chain of {self.gamma}'} (expected: tau {self.tau:.2f}, "
-            f"costs {self.c_verify:.2f} + {self.c_draft:.2f}, {self.speedup:.2f}x)"
-        )
+        tree = f"a tree of {self.nodes} tokens, at most {self.gamma} deep"
+        draft = tree if self.nodes else f"a chain of {self.gamma}"
+        costs = f"{self.c_verify:.2f} + {self.c_draft:.2f}"
+        return f"{draft} (expected: tau {self.tau:.2f}, costs {costs}, {self.speedup:.2f}x)"
 
 
 def expected_tau(head, gamma: int, nodes: int, temperature: float) -> float:
-    """tau by what a head's guesses were worth on held-out text, all positions independent.
+    """tau by the head's record on held-out text, all positions independent.
 
-    Greedily by how often each guess was the target's choice. Else, from figures at temperature 1,
-    by alpha for a chain, by the target's p of each guess for a growing tree, and for a sampled one
-    by alpha for first guesses and p for the others, which is an approximation. A growing tree is
-    reckoned as the best fixed one of its width, which it should surpass.
+    Greedily by how often each guess was the target's choice. Above temperature 0, from figures at
+    temperature 1, by alpha for a chain and by the target's p of each guess for a tree. A growing
+    tree is reckoned as the best fixed one of its width, which it should surpass.
     """
-    ranks = rates = rank_rates(head, "ranks")
-    if temperature > 0:
-        valid, rates = head.training_record["valid"], rank_rates(head, "mass")
-        if nodes == 0 or not head.autoregressive:
-            rates = [[valid[f"alpha_{i + 1}"], *row[1:]] for i, row in enumerate(rates)]
+    ranks, rates = rank_rates(head), rank_rates(head, "mass" if temperature > 0 else "ranks")
     if nodes == 0:
-        return expected_length(rates, chain(gamma))
+        if temperature > 0:
+            valid = head.training_record["valid"]
+            rates = [[valid[f"alpha_{i + 1}"]] for i in range(len(rates))]
+        return expected_length(rates, chain_paths(gamma))
     if head.autoregressive:
         ranks = rates = [row[:WIDTH] for row in rates]
     return expected_length(rates, best_tree(ranks, nodes, gamma))
@@ -209,8 +184,8 @@ def size_costs(target, head, sizes: list, temperature: float = 0.0) -> tuple[dic
     """Seconds of passes {tokens: s} and of making drafts {(gamma, is it a tree): s}.
 
     sizes: pairs (gamma, nodes). The passes and the drafts take turns for about SECONDS, ROUNDS at
-    least: a large target takes longer. The first one does not count. Each comes after what it comes
-    after in decoding, which is not timed.
+    least: a large target takes longer. The first round does not count. Before each, untimed, comes
+    the job that precedes it in decoding.
     """
     context, longest = target.config.context, max(gamma for gamma, _ in sizes)
     most = max(nodes or gamma for gamma, nodes in sizes) + 1
@@ -219,7 +194,7 @@ def size_costs(target, head, sizes: list, temperature: float = 0.0) -> tuple[dic
     length = min(LENGTH, context // 2, context - longest - 1)
     bench = Bench(target, length, most, sampler)
     jobs = {n: (bench.read, n) for n in counts}
-    # What a tree costs to draft is a matter of its depth, hardly of its nodes.
+    # The cost of drafting a tree depends on its depth, hardly on its nodes.
     plans = {(gamma, nodes > 0): plan_draft(head, gamma, nodes, target) for gamma, nodes in sizes}
     measured = {}  # depths: of chains and of trees those in DEPTHS, the lowest and the highest
     for tree in {tree for _, tree in plans}:
@@ -256,10 +231,10 @@ def fastest(head, sizes: list, passes: dict, drafts: dict, temperature: float = 
 
 
 def best_size(target, head, gamma: int | str, nodes: int | str, temperature=0.0) -> Size:
-    """The size of draft that promises the highest speed here; "auto" is what is to be chosen.
+    """The size of draft that promises the highest speed here; "auto" is to be chosen.
 
-    Where the nodes are, a gamma that is given is the most. Raises UserError for what cannot be
-    drafted, or without the record that tau is reckoned from.
+    Where the nodes are to be chosen, a given gamma is the deepest. Raises UserError for a size that
+    cannot be drafted, or without the record that tau is reckoned from.
     """
     for given in ((1 if gamma == "auto" else gamma, 0), (1, 0 if nodes == "auto" else nodes)):
         plan_draft(head, *given, target)  # refuses what cannot be drafted

@@ -13,17 +13,36 @@ than by the head. With p the target's distribution at c and q the head's,
 Both distributions are known over the whole vocabulary, so each expectation is an exact sum: no
 sampled tokens, no policy gradient, no Gumbel trick. The gradient reaches the head through q.
 
-**What the best D is.** For each x the minimum of L_D is at D* = p / (p + q), where
-L_D* = 2 ln 2 - 2 JS(p, q), and D guesses right with probability 1 - alpha / 2, where
-alpha = sum_x min(p, q) is the rate at which a sampled draft is accepted. So a loss near 2 ln 2 =
-1.386 does not mean that D is dead: p and q may be close. `share_found` tells the two apart:
-(2 ln 2 - L_D) / (2 JS), which is 0 for a D that knows nothing and 1 for the best. And `cosine` is
-that of the angle between the way L_adv sends the head's logits and the way that raises alpha: where
-it is near 0, the game cannot help, however clever D is.
+Beside a draft vocabulary x runs over its S tokens, p and q are the distributions over these.
 
-**What it teaches.** At D = D* the gradient of L_adv is that of 2 KL(m || p), m = (p + q) / 2. The
-game thus has a closed form, `exact_logits`: one line, and the control that a learnt D has to beat
-before it deserves any credit. Read next: train.py.
+**The best D.** For each x the loss -p log D - q log(1 - D) is convex in D, with the derivative
+-p / D + q / (1 - D). It is 0 at D* = p / (p + q). With m = (p + q) / 2 that is p / (2 m), so
+
+    L_D* = - sum p log(p / (2 m)) - sum q log(q / (2 m)) = 2 ln 2 - KL(p || m) - KL(q || m)
+         = 2 ln 2 - 2 JS(p, q)
+
+**How often it is right.** Shown a token that came from p or from q, with chance 1/2 each, the best
+guess is the larger of p(x) and q(x). It is right with probability sum max(p, q) / 2 =
+sum (p + q - min(p, q)) / 2 = 1 - alpha / 2, where alpha = sum min(p, q) is the chance that a token
+drawn from q is accepted.
+
+**Its lesson.** With D* held fixed, dL_adv / dq(x) = -log D*(x) = log(m / p) + ln 2. And since
+dm / dq = 1/2, the derivative of 2 KL(m || p) = 2 sum m log(m / p) is log(m / p) + 1. The two differ
+by a constant, and a constant does nothing, since the changes of q sum to 0.
+
+So at D = D* the gradient of L_adv is that of 2 KL(m || p). D* itself needs no training
+(`exact_logits`): it is the control that a learnt D has to beat before it deserves any credit.
+
+**Why this form.** EAGLE's q is softmax(W h') and p is softmax(W h+). So the logits of D*,
+log p - log q, are <W[x], h+ - h'> + const: linear in W[x], as those of the D below are.
+
+**Its health.** A loss near 2 ln 2 = 1.386 may mean that D is dead, or that p and q are close.
+`share_found` tells: (2 ln 2 - L_D) / (2 JS) is 0 for a D that knows nothing, 1 for the best, and
+negative for a D that is misled. `cosine` compares two directions of the head's logits: that in
+which L_adv sends them, and that in which alpha rises most. Near 0 the game hardly helps, however
+clever D is.
+
+Read next: train.py.
 """
 
 import math
@@ -32,45 +51,45 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sampling import acceptance
+
 
 class Discriminator(nn.Module):
     """D(c, x) = sigmoid(<W[x], g(c)> + b(c)), with W the target's frozen LM head.
 
-    The context c is the state that the head guessed from and, training only, the state h+ that the
-    target had when it chose: what the head could not see. g and b are one small network, so that
-    one product with W scores the whole vocabulary. D is never needed for decoding.
+    The context c is h_t, from which the head guessed, the target's own state h+ = h_{t+i} at the
+    guessed place, and the draft position i. The head cannot see h+, and D is never needed for
+    decoding. g and b are one small network, so that one product with W scores the whole vocabulary.
+    In shapes D is the width of a state.
     """
 
     def __init__(self, lm_head: Tensor, num_positions: int, hidden: int = 512):
         """`lm_head` (V, D): frozen. `num_positions`: draft positions, each judged on its own."""
         super().__init__()
         width = lm_head.shape[1]
-        self.judge_by(lm_head)
+        self.set_lm_head(lm_head)
         self.read = nn.Linear(2 * width, hidden)
         self.position = nn.Embedding(num_positions, hidden)
         self.judge = nn.Linear(hidden, width + 1)
         nn.init.zeros_(self.judge.weight)  # D starts at 1/2 for every token
         nn.init.zeros_(self.judge.bias)
 
-    def judge_by(self, lm_head: Tensor) -> None:
-        """Take these rows of the LM head, of the tokens that the draft head can guess (S, D)."""
+    def set_lm_head(self, lm_head: Tensor) -> None:
+        """Judge the tokens that the draft head can guess, by their rows of the LM head (S, D)."""
         self._frozen = (lm_head.detach(),)  # in a tuple: neither a parameter nor saved with D
 
-    def context(self, before: Tensor, after: Tensor, position: int) -> Tensor:
-        """States (.., D): `before`, the head's input h_t, and `after`, the target's own h+.
+    def context(self, h_from: Tensor, h_to: Tensor, position: int) -> Tensor:
+        """States (.., D): `h_from`, the h_t of the context, and `h_to`, its h+. `position`: from 0.
 
         Returns g and b (.., D + 1).
         """
         where = self.position.weight[position]
-        return self.judge(F.silu(self.read(torch.cat([before, after], dim=-1)) + where))
+        return self.judge(F.silu(self.read(torch.cat([h_from, h_to], dim=-1)) + where))
 
     def score(self, context: Tensor) -> Tensor:
-        """What `context` gave -> the logits of D for every token (.., S)."""
+        """g and b (.., D + 1) -> the logits of D for every token (.., S)."""
         g, b = context.split([context.shape[-1] - 1, 1], dim=-1)
         return F.linear(g, self._frozen[0]) + b
-
-    def forward(self, before: Tensor, after: Tensor, position: int) -> Tensor:
-        return self.score(self.context(before, after, position))
 
 
 def exact_logits(p: Tensor, q: Tensor) -> Tensor:
@@ -91,11 +110,6 @@ def adversarial_loss(logits: Tensor, q: Tensor) -> Tensor:
     return -(q * F.logsigmoid(logits.detach())).sum(-1).mean()
 
 
-def acceptance(p: Tensor, q: Tensor) -> Tensor:
-    """alpha = sum_x min(p, q) (...): the chance that a token sampled from q is accepted."""
-    return torch.minimum(p, q).sum(-1)
-
-
 def jensen_shannon(p: Tensor, q: Tensor) -> Tensor:
     """JS(p, q) in nats (...), from 0 (equal) to ln 2 (nothing in common)."""
     m = (p + q) / 2
@@ -104,12 +118,12 @@ def jensen_shannon(p: Tensor, q: Tensor) -> Tensor:
 
 
 def centred(score: Tensor, q: Tensor) -> Tensor:
-    """score (.., S) less its mean under q: times q, the gradient of that mean by q's logits."""
+    """score (.., S) less its mean under q. Times q it is that mean's gradient by q's logits."""
     return score - (q * score).sum(-1, keepdim=True)
 
 
 def health(logits: Tensor, p: Tensor, q: Tensor) -> dict[str, float]:
-    """How D is doing on a batch: see the file's docstring for what to expect of each."""
+    """The figures of D on a batch; the file's docstring tells what to expect of each."""
     loss = discriminator_loss(logits, p, q).item()
     js = jensen_shannon(p, q).mean().item()
     right = (p * (logits > 0)).sum(-1) + (q * (logits <= 0)).sum(-1)  # of one real, one fake token

@@ -27,8 +27,15 @@ a token together with the state that led to it. After a cycle the accepted token
 again with their true states; to keep the guessed ones costs 8 to 15 % of the acceptance length
 (vLLM issue 14649).
 
-A head may know the S most frequent tokens only: its logits are then (.., S) in place of (.., V), see
-vocabulary.py. Read next: discriminator.py.
+For training, both have
+
+    head(batch, own_steps)                 a Guess: states of each draft position, maps to logits
+    head.supervised_loss(...)              L_sup of one draft position
+    head.prepare(target, batch)            a start in closed form, where there is one
+    head.learns_p                          whether L_sup compares with p, or with the text's token
+
+A head may know the S most frequent tokens only. Its logits are then (.., S) in place of (.., V):
+see `sampling.Vocabulary`. Read next: discriminator.py.
 """
 
 from dataclasses import dataclass, replace
@@ -38,9 +45,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cli import UserError
-from model import GPT, Block, KVCache, Rollout, Rotary
-from vocabulary import Vocabulary
+from model import GPT, Block, KVCache, Rotary
+from plumbing.cli import UserError
+from sampling import Vocabulary
 
 
 @dataclass(frozen=True)
@@ -66,40 +73,64 @@ class Batch(NamedTuple):
     """Windows of text that heads learn from, of T + 1 tokens each."""
 
     tokens: Tensor  # (B, T + 1)
-    hidden: Tensor  # (B, T, D): the target's states after all but the last of them
-    learn: Tensor  # (B, T + 1) bool: the tokens to be learnt, in a chat the model's own
+    hidden: Tensor  # (B, T, D): hidden[:, t] is the target's state after tokens[:, : t + 1]
+    learn: Tensor  # (B, T + 1) bool: the tokens to be learnt; in a chat the model's own
 
     def rows(self, values: Tensor, i: int) -> Tensor:
-        """Of `values` (B, T - i, ..), one for each state that draft position i is guessed at, those
-        whose token is to be learnt: (N, ..)."""
+        """The rows (N, ..) of `values` (B, T - i, ..) whose token is to be learnt.
+
+        `values` has one row for each state that draft position i is guessed from.
+        """
         return values[self.learn[:, i + 1 :]]
 
 
 class Guess(NamedTuple):
-    """What a head says of a batch, for draft positions i = 1..P: its states, and the maps from
-    these to logits, which are still to be applied.
+    """A head's guesses on a batch, for draft positions i = 1..P: states, and maps to logits.
 
-    A guess at position i is made at a state t, of token x_{t+1+i}, and is to be compared with the
-    target's own p there, that of state t + i. `Batch.rows` tells which N there are.
+    A guess at position i is made at a state t, of token x_{t+1+i}. It is compared with the target's
+    own p there, that of state t + i. Its N rows are those of `Batch.rows`. The maps are still to be
+    applied: training never has the logits of all positions at once.
     """
 
     states: list[Tensor]  # of each position (N, D); EAGLE's are its guesses of the hidden states
     maps: list[Tensor]  # of each position (S, D), from states to logits
 
-    @property
-    def logits(self) -> list[Tensor]:
-        """Of each position (N, S). Training never has all of them at once: game.py."""
-        return [F.linear(state, to_logits) for state, to_logits in zip(self.states, self.maps)]
-
     def detach(self) -> "Guess":
         return Guess([s.detach() for s in self.states], [m.detach() for m in self.maps])
 
 
+class Rollout:
+    """Keys and values of several passes over one training window, in the place of a cache.
+
+    Pass 1 reads the target's true states. Pass j + 1 reads the head's own guesses of pass j, as the
+    head does while drafting. A place of pass 3, say, sees just what a draft's third token sees:
+
+        true states, from pass 1, of the places two and more before it
+        its guess of pass 2, of the place before it, and of pass 3, its own
+    """
+
+    def __init__(self, num_layers: int):
+        self.keys = [[] for _ in range(num_layers)]
+        self.values = [[] for _ in range(num_layers)]
+
+    def write(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        self.keys[layer].append(keys)
+        self.values[layer].append(values)
+        return torch.cat(self.keys[layer], 2), torch.cat(self.values[layer], 2)
+
+    @staticmethod
+    def mask(length: int, own: int, device) -> Tensor:
+        """(T, (own + 1) T) bool: the keys that a place of pass own + 1 sees, pass after pass."""
+        place = torch.arange(length, device=device)
+        before = place[:, None] - place  # (T, T): how far back a key lies
+        return torch.cat([before >= own, *(before == own - j for j in range(1, own + 1))], 1)
+
+
 class MedusaState:
-    """What Medusa has to remember: the target's last hidden state (B, D), and where a draft is."""
+    """Medusa's memory: the target's last hidden state (B, D), and where a draft is."""
 
     hidden: Tensor
-    logits: Tensor  # (H, B, S): what all heads guess from it
+    logits: Tensor  # (H, B, S): the guesses of all heads from it
     depth: int
 
 
@@ -112,7 +143,7 @@ class Medusa(nn.Module):
     """
 
     autoregressive = False
-    learns_law = False  # it learns the text's own tokens, not p
+    learns_p = False  # it learns the text's own tokens
 
     def __init__(self, config: HeadConfig, target: GPT):
         super().__init__()
@@ -126,7 +157,7 @@ class Medusa(nn.Module):
         self.vocabulary = Vocabulary(config.draft_vocab, target)
         lm_head = self.vocabulary.rows(target.lm_head.weight.detach().float())
         self.out = nn.Parameter(lm_head.T.repeat(heads, 1, 1))  # (H, D, S)
-        self.position_weights = [0.8**i for i in range(1, heads + 1)]  # Medusa, equation 1
+        self.position_weights = [0.8**i for i in range(1, heads + 1)]  # from 0.8 on: its equation 1
 
     @property
     def max_draft(self) -> int | None:
@@ -150,12 +181,9 @@ class Medusa(nn.Module):
             states.append(u)
         return Guess(states, [out.T for out in self.out])
 
-    def supervised_loss(self, logits, label, state, true, fit=F.cross_entropy, feature_weight=1.0):
-        """CE(head_i, x_{t+1+i}) of logits (N, S) and the places of the tokens (N,).
-
-        `fit`: another loss in the place of CE, with p (N, S) in that of the tokens.
-        """
-        return fit(logits, label)
+    def supervised_loss(self, logits, label, state, true, feature_weight=1.0):
+        """CE(head_i, x_{t+1+i}) of logits (N, S) and the tokens' indices (N,), their mean ()."""
+        return F.cross_entropy(logits, label)
 
     def prepare(self, target: GPT, batch: Batch) -> None:
         """Nothing to solve: a Medusa head starts from zeros and the target's LM head."""
@@ -179,13 +207,13 @@ class Medusa(nn.Module):
 
 
 class EagleState:
-    """What EAGLE has to remember: keys and values of the certain text, and its last guess."""
+    """EAGLE's memory: keys and values of the certain text, and its last guess."""
 
     def __init__(self, cache: KVCache):
         self.cache = cache
         self.length = 0  # how much of the cache is certain; drafting writes beyond it
         self.feature: Tensor  # (B, 1, D): the guessed state after the certain text
-        # While drafting: of the nodes expanded last, their guessed states and what they see.
+        # While drafting, of the nodes expanded last: their guessed states, and the nodes they see.
         self.nodes: Tensor  # (B, k, D)
         self.seen: Tensor | None  # (k, all nodes so far) bool; None: all of them, in a chain
         self.depth = 0
@@ -195,9 +223,9 @@ class Eagle(nn.Module):
     """Predicts the target's next hidden state with K decoder layers of the target's own kind."""
 
     autoregressive = True  # a guess depends on the drafted tokens before it
-    learns_law = True
+    learns_p = True
     max_draft = None  # it can go on as long as it likes
-    position_weights = [0.8**i for i in range(8)]  # of the first, second, .. guess in a row
+    position_weights = [0.8**i for i in range(8)]  # of the first, second, .. guess: from 1 on
 
     def __init__(self, config: HeadConfig, target: GPT):
         super().__init__()
@@ -228,8 +256,6 @@ class Eagle(nn.Module):
         u = u.to(hidden.dtype)  # under autocast the residual stream stays in float32
         for layer, block in enumerate(self.blocks):
             u = block(u, rotary, cache, layer)
-        if cache is not None:
-            cache.advance(tokens.shape[1])
         return u
 
     def lm_head(self) -> Tensor:
@@ -255,9 +281,9 @@ class Eagle(nn.Module):
 
         In training, noise on the input states prepares the head for the errors of its own guesses,
         which it reads while drafting: uniform, a tenth of the states' size (EAGLE, section 4.2).
-        With `own_steps` above 1 it is trained on these guesses themselves, for as many draft
-        positions (HASS, 2408.15766; EAGLE-3, 2503.01840), along the text's own tokens: how good a
-        guess is matters only where all drafted before were accepted.
+        `own_steps`: the draft positions trained. The first reads true states, each further one the
+        guesses before it (HASS, 2408.15766; EAGLE-3, 2503.01840), along the text's own tokens: a
+        guess counts only where all tokens drafted before it were accepted.
         """
         states = batch.hidden[:, :-1]
         if self.training:
@@ -266,19 +292,20 @@ class Eagle(nn.Module):
         cos, sin, mask = self.rotary(0, length)
         for own in range(own_steps):
             guessed = self.step(batch.tokens[:, 1:-1], states, passes, (cos, sin, mask))
-            # (B, T - 1, D), but the first `own` places have too few before them to guess so far.
+            # (B, T - 1, D), but the first `own` places cannot guess that far ahead.
             guesses.append(batch.rows(guessed[:, own:], own + 1))
             states = F.pad(guessed[:, :-1], (0, 0, 1, 0))  # read next, one place further on
             mask = Rollout.mask(length, own + 1, states.device)
         return Guess(guesses, [self.lm_head()] * own_steps)
 
-    def supervised_loss(self, logits, p, state, true, fit=F.cross_entropy, feature_weight=1.0):
-        """SmoothL1(h', h) + 0.1 CE(p, q): EAGLE, section 3.2.
+    def supervised_loss(self, logits, p, state, true, feature_weight=1.0):
+        """SmoothL1(h', h) + 0.1 CE(p, q), a mean () over N rows: EAGLE, section 3.2.
 
-        logits and p (N, S), the guessed states and the true ones (N, D). `fit`: another loss in the
-        place of CE. `feature_weight`: of SmoothL1; EAGLE-3 does without.
+        logits and p (N, S), the guessed states and the true ones (N, D). `feature_weight`: of
+        SmoothL1; EAGLE-3 does without.
         """
-        return feature_weight * F.smooth_l1_loss(state.float(), true) + 0.1 * fit(logits, p)
+        feature = F.smooth_l1_loss(state.float(), true)
+        return feature_weight * feature + 0.1 * F.cross_entropy(logits, p)
 
     @torch.no_grad()
     def prepare(self, target: GPT, batch: Batch) -> None:
@@ -306,6 +333,7 @@ class Eagle(nn.Module):
         """tokens (B, T), hidden (B, T, D): overwrite what drafting left by the true states."""
         state.cache.rollback(state.length)
         state.feature = self.step(tokens, hidden, state.cache)[:, -1:]
+        state.cache.advance(tokens.shape[1])
         state.length = state.cache.length
 
     def expand(self, state: EagleState, tokens=None, parents=None) -> Tensor:
@@ -331,6 +359,7 @@ class Eagle(nn.Module):
             state.seen = torch.cat([seen.expand(k, -1), itself], 1)
             rotary = self.rotary.tree(state.length, slice(here, here + 1), state.seen)
         state.nodes = self.step(tokens, nodes.expand(-1, k, -1), state.cache, rotary)
+        state.cache.advance(k)
         state.depth += 1
         return self.logits(state.nodes)
 

@@ -1,8 +1,8 @@
 """The target: a small decoder-only language model of the Llama type.
 
 A language model reads tokens x_1..x_t and gives a distribution over the next one. This file holds
-the network, the cache that lets it read one more token without reading the text again, and the
-files it is kept in. Three things matter to the rest of the project:
+the network, and the cache that lets it read one more token without reading the text again. Three
+things matter to the rest of the project:
 
 - `GPT.forward` returns the hidden states h *after the final norm*, not logits. Draft heads read
   exactly this h, and `GPT.lm_head(h)` turns it into the target's logits: p = softmax(lm_head(h)).
@@ -15,16 +15,14 @@ grouped-query attention as an option (2305.13245), SwiGLU (2002.05202), no biase
 dropout: a run of this size reads its text a few times only. Read next: draft_head.py.
 """
 
-import hashlib
 import math
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cli import UserError, written_whole
+from plumbing.cli import UserError
 
 
 @dataclass(frozen=True)
@@ -57,9 +55,9 @@ class GPTConfig:
 class KVCache:
     """Keys and values of the tokens read so far, one place each, in the order they were read.
 
-    Allocated once for `max_length` tokens. `length` is how many of them count: what lies beyond
-    is overwritten by the next write, so `rollback` copies nothing and frees nothing. (Keys carry
-    their rotation with them: where they lie does not matter, only which of them a query may see.)
+    Allocated once for `max_length` tokens. `length` is how many of them count: the next write
+    overwrites the places beyond, so `rollback` copies nothing and frees nothing. (Keys carry their
+    rotation with them: their place does not matter, only which of them a query may see.)
     """
 
     def __init__(self, config: GPTConfig, num_layers: int, max_length: int, like: Tensor, batch=1):
@@ -87,42 +85,14 @@ class KVCache:
         self.length = length
 
     def keep(self, start: int, path: Tensor, in_place: bool) -> None:
-        """Of what was written from `start` on, keep the places start + path, in rising order.
+        """Keep the places start + path, in rising order, and forget all others from `start` on.
 
-        `in_place`: they are the first ones anyway, and nothing has to move.
+        `in_place`: the path is the first places anyway, and nothing has to move.
         """
         self.rollback(start + len(path))
         if not in_place:
             for stored in (self.keys, self.values):
                 stored[..., start : self.length, :] = stored[..., start + path, :]
-
-
-class Rollout:
-    """Keys and values of several passes over one training window, in the place of a cache.
-
-    Pass 1 reads the target's true states. In pass j + 1 each guess reads what the head itself
-    guessed in pass j, as it does while drafting: it sees true states up to j places before, and
-    from there on its own guesses, those of the passes before it.
-    """
-
-    def __init__(self, num_layers: int):
-        self.keys = [[] for _ in range(num_layers)]
-        self.values = [[] for _ in range(num_layers)]
-
-    def write(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        self.keys[layer].append(keys)
-        self.values[layer].append(values)
-        return torch.cat(self.keys[layer], 2), torch.cat(self.values[layer], 2)
-
-    def advance(self, count: int) -> None:
-        """Every pass is over the same places."""
-
-    @staticmethod
-    def mask(length: int, own: int, device) -> Tensor:
-        """(T, (own + 1) T) bool: what a place sees after `own` guesses of the head's own."""
-        place = torch.arange(length, device=device)
-        before = place[:, None] - place  # (T, T): how far back a key lies
-        return torch.cat([before >= own, *(before == own - j for j in range(1, own + 1))], 1)
 
 
 class Rotary(nn.Module):
@@ -198,9 +168,9 @@ class Block(nn.Module):
         if cache is not None:
             k, v = cache.write(layer, k, v)  # (B, Hkv, length + T, hd)
         if length == 1:
-            # One query sees every key, and so do the queries that share a key with it: they are read
-            # as one text of queries, where the kernel would repeat the keys for each (half the time
-            # of a step with 96 texts at once).
+            # One query sees every key, and so do the queries that share a key with it. Read as one
+            # text of queries they spare the kernel a copy of the keys for each (half the time of a
+            # step with 96 texts at once).
             q = q.view(batch, self.num_kv_heads, -1, self.head_dim)  # (B, Hkv, H / Hkv, hd)
         attended = F.scaled_dot_product_attention(
             q,
@@ -261,75 +231,3 @@ class GPT(nn.Module):
         """An empty cache for this model, of the whole window unless told otherwise."""
         length = max_length or self.config.context
         return KVCache(self.config, self.config.num_layers, length, self.embed.weight, batch)
-
-
-def check_prompt(config: GPTConfig, prompt: list[int]) -> None:
-    """Raise UserError for a text that a target of this shape cannot continue."""
-    if not prompt:
-        raise UserError("the prompt is empty: give at least one character")
-    if len(prompt) >= config.context:
-        raise UserError(
-            f"the prompt has {len(prompt)} tokens, this target reads at most {config.context - 1}"
-        )
-    if min(prompt) < 0 or max(prompt) >= config.vocab_size:
-        raise UserError(f"the prompt has tokens outside the vocabulary of {config.vocab_size}")
-
-
-def fingerprint(target: GPT) -> str:
-    """A short hash of a target's shape and weights: what a draft head remembers its target by."""
-    # What is left empty does not count: a field that is added one day shall not disown old heads.
-    shape = {name: value for name, value in asdict(target.config).items() if value != ()}
-    digest = hashlib.sha256(repr(shape).encode())
-    for name, tensor in sorted(target.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().float().contiguous().numpy())
-    return digest.hexdigest()[:16]
-
-
-def save_checkpoint(path: Path, checkpoint: dict) -> None:
-    """Write a dictionary of tensors and plain values, all of it or nothing."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with written_whole(path) as file:
-        torch.save(checkpoint, file)
-
-
-def load_checkpoint(path: Path, kind: str) -> dict:
-    """Read what `save_checkpoint` wrote, on the CPU. `kind`: what it has to be, as "target".
-
-    Raises UserError where the file is missing, damaged or of another kind.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"there is no {kind} at {path}: train one with python train.py")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged file fails in many ways: in zip, pickle or torch
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{path} is damaged or no checkpoint ({reason}): remove it") from error
-    if not isinstance(checkpoint, dict) or checkpoint.get("kind") != kind:
-        raise UserError(f"{path} is not the checkpoint of a {kind}")
-    return checkpoint
-
-
-def save_target(path: Path, target: GPT, tokenizer: dict, training: dict) -> None:
-    """A target with the tokenizer it reads by and the record of its training, in plain values."""
-    checkpoint = {
-        "kind": "target",
-        "config": asdict(target.config),
-        "weights": target.state_dict(),
-        "tokenizer": tokenizer,
-        "fingerprint": fingerprint(target),
-        "training": training,
-    }
-    save_checkpoint(path, checkpoint)
-
-
-def load_target(path: Path, device="cpu", dtype=torch.float32) -> tuple[GPT, dict]:
-    """The target at `path`, frozen, and the checkpoint it came in."""
-    checkpoint = load_checkpoint(path, "target")
-    target = GPT(GPTConfig(**checkpoint["config"]))
-    target.load_state_dict(checkpoint["weights"])
-    if fingerprint(target) != checkpoint["fingerprint"]:
-        raise UserError(f"{path} is damaged: its weights do not match their fingerprint")
-    return target.to(device, dtype).eval().requires_grad_(False), checkpoint

@@ -1,39 +1,48 @@
-"""From logits to a distribution, from a distribution to a token, and what a rejection leaves.
+"""From logits to a distribution, from a distribution to a token, and the residual of a rejection.
 
 Temperature, top-k and top-p change the distribution that a text is sampled from. Speculative
-decoding applies them to target and draft alike, *before* comparing the two, and compares the very
-tensors it samples from. (To sample from one q and compare with another is a common fault: the
-text's law is then wrong, and the acceptance too good. transformers issue 47932.)
+decoding applies them to the target's p and the draft's q alike, *before* comparing the two, and it
+compares the very tensors it samples from. (To sample from one q and to compare with another is a
+common fault: the text then has the wrong distribution, and tau looks too good. transformers issue
+47932.)
+
+The last part is the **draft vocabulary** (FR-Spec, 2502.14856). Beside a large vocabulary the map
+from a hidden state to logits is the costliest part of drafting: SmolLM2 has 28 M weights there,
+and 3.5 M in a layer. But a few tokens make up most of a text. A head that knows the S most frequent
+ones has logits (.., S), and q is 0 for all others. The rules need no exception: the text is still
+exactly the target's. The price: the other tokens are never guessed, see `Vocabulary.coverage`.
+
+Read next: drafts.py.
 """
 
 import math
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from cli import UserError
+from plumbing.cli import UserError
 
 SMALLEST = 1e-30  # floor of temperature and top_p: smaller ones are 0 in float32
-BLOCK = 256  # tokens, see `sample_many`
-LAST_BELOW_1 = math.nextafter(1.0, 0.0)
-# Greedily the target takes its likeliest token, however close the second: guesses are surer to be
-# right than the head's q says. Of 1, 0.7, 0.5 and 0.3 the lowest grew the best trees on validation.
+LAST_BELOW_1 = math.nextafter(1.0, 0.0)  # the largest uniform number there is
+# The least temperature by which a growing tree ranks its nodes. Greedily the target takes its
+# likeliest token, however close the second: first guesses are right more often than q says. Of 1,
+# 0.7, 0.5 and 0.3 the lowest grew the best trees on validation text.
 GREEDY_TEMPERATURE = 0.3
 
 
 def argmax(logits: Tensor) -> Tensor:
     """The likeliest token (...): one function for all, so that ties break alike everywhere."""
-    # Torch's argmax takes five times as long on a CPU in bfloat16: 1.4 ms over 17 x 49,152 logits.
+    # torch's argmax takes five times as long on a CPU in bfloat16: 1.4 ms over 17 x 49,152 logits.
     return logits.max(dim=-1).indices
 
 
 def distribution(logits: Tensor, temperature=0.0, top_k=None, top_p=None) -> Tensor:
     """Logits (..., V) -> the distribution to sample from (..., V), float32.
 
-    Used for p and q alike: it is this very tensor that is sampled from and that the rule compares.
-    Temperature 0 gives a one-hot row. `top_k` keeps the k likeliest tokens (and those tied with
-    the last of them), `top_p` the fewest that together reach that probability.
+    Used for p and q alike: this very tensor is sampled from and compared by the rule. Temperature 0
+    gives a one-hot row. `top_k` keeps the k likeliest tokens (and those tied with the last of
+    them), `top_p` the fewest that together reach that probability.
     """
     if temperature == 0:
         one_hot = torch.zeros(logits.shape, device=logits.device)
@@ -54,6 +63,11 @@ def distribution(logits: Tensor, temperature=0.0, top_k=None, top_p=None) -> Ten
     return p
 
 
+def probabilities(states: Tensor, to_logits: Tensor) -> Tensor:
+    """States (N, D) and a map to logits (S, D) -> their distributions at temperature 1 (N, S)."""
+    return F.linear(states, to_logits).float().softmax(-1)
+
+
 def sample(p: Tensor, u: Tensor) -> Tensor:
     """A token (...) from p (..., V) by its cumulative sum and a uniform u (...) in [0, 1)."""
     cumulative = p.cumsum(-1, dtype=torch.float64)
@@ -61,66 +75,34 @@ def sample(p: Tensor, u: Tensor) -> Tensor:
     return torch.searchsorted(cumulative, threshold, right=True)[..., 0]
 
 
-def sample_many(p: Tensor, u: Tensor) -> Tensor:
-    """`sample` for many rows of a large vocabulary: first a block of tokens, then one of these.
-
-    To add up a block is several times faster than to write down each sum on the way. u: float64,
-    since it decides twice.
-    """
-    blocks = F.pad(p, (0, -p.shape[-1] % BLOCK)) if p.shape[-1] % BLOCK else p
-    blocks = blocks.unflatten(-1, (-1, BLOCK))  # (..., V / BLOCK, BLOCK)
-    sums = blocks.sum(-1, dtype=torch.float64)
-    block = sample(sums, u)[..., None]  # (..., 1)
-    # Where u came to lie within the block, as a share of it: a uniform number again.
-    inside = u[..., None] * sums.sum(-1, keepdim=True) - (sums.cumsum(-1) - sums).gather(-1, block)
-    share = (inside / sums.gather(-1, block)).clamp(0.0, LAST_BELOW_1)[..., 0]
-    rows = block[..., None].expand(*block.shape, BLOCK)
-    return block[..., 0] * BLOCK + sample(blocks.gather(-2, rows)[..., 0, :], share)
-
-
-def draw(q: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """`count` different tokens (..., count), drawn from q (..., V) without putting back.
-
-    The first has the law q, the second that of q without the first, and so on: all tokens race,
-    each arriving after an exponential time of rate q, and the first `count` win. Where q has fewer
-    tokens than that, the last ones drawn have q = 0.
-    """
-    times = torch.empty(q.shape, dtype=torch.float64, device=q.device)
-    return (q / times.exponential_(generator=generator)).topk(count).indices
-
-
 def acceptance_probability(p_x: Tensor, q_x: Tensor) -> Tensor:
-    """min(1, p(x) / q(x)) of drafted tokens; what was drawn from q has q(x) > 0."""
+    """min(1, p(x) / q(x)) of drafted tokens; a token drawn from q has q(x) > 0."""
     return (p_x / q_x).clamp(max=1.0)
 
 
-def residual(p: Tensor, q: Tensor) -> Tensor:
-    """norm(max(0, p - q)) (..., V), what is left of p after a rejection.
+def acceptance(p: Tensor, q: Tensor) -> Tensor:
+    """alpha = sum_x min(p, q) (...): the chance that a token sampled from q is accepted."""
+    return torch.minimum(p, q).sum(-1)
 
-    Where p = q nothing is ever rejected; p stands in there for 0 / 0.
+
+def residual(p: Tensor, q: Tensor) -> Tensor:
+    """norm(max(0, p - q)) (..., V): the target's token comes from it after a rejection.
+
+    Where p = q nothing is rejected, and p stands in for 0 / 0: rows are computed before it is known
+    which one is used.
     """
     excess = (p - q).clamp(min=0.0)
     total = excess.sum(-1, keepdim=True)
     return torch.where(total > 0, excess / total, p)
 
 
-def without(q: Tensor, x: Tensor) -> Tensor:
-    """norm(q without x), q (..., V), x (..., 1); all 0 where nothing else is left."""
-    rest = q.scatter(-1, x, 0.0)
-    total = rest.sum(-1, keepdim=True)
-    return torch.where(total > 0, rest / total, 0.0)
-
-
 class Sampler:
-    """The sampling rule of one text, and its random numbers."""
+    """The sampling settings of one text, and its random numbers."""
 
-    def __init__(self, device, temperature=0.0, top_k=None, top_p=None, seed=None, explain=False):
-        """`explain`: also give what greedy decoding has no need of, to be shown.
-
-        Raises UserError for values out of range.
-        """
+    def __init__(self, device, temperature=0.0, top_k=None, top_p=None, seed=None):
+        """Raises UserError for values out of range."""
         if not (math.isfinite(temperature) and temperature >= 0):
-            raise UserError(f"temperature is {temperature}, it must be a finite number from 0 on")
+            raise UserError(f"temperature is {temperature}, it must be a finite number, at least 0")
         if top_k is not None and top_k < 0:
             raise UserError(f"top_k is {top_k}, it must be 0 (no limit) or more")
         if top_p is not None and not 0 < top_p <= 1:
@@ -128,36 +110,73 @@ class Sampler:
         if seed is not None and not 0 <= seed < 2**63:
             raise UserError(f"seed is {seed}, it must lie between 0 and 2^63 - 1")
         self.temperature, self.top_k, self.top_p = temperature, top_k, top_p
-        self.device, self.explain = device, explain
-        self.generator = torch.Generator(device)
+        self.device, self.generator = device, torch.Generator(device)
         self.generator.manual_seed(seed) if seed is not None else self.generator.seed()
 
-    def law(self, logits: Tensor) -> Tensor:
+    def distribution(self, logits: Tensor) -> Tensor:
         return distribution(logits, self.temperature, self.top_k, self.top_p)
 
     def uniforms(self, n: int) -> Tensor:
         return torch.rand(n, generator=self.generator, device=self.device, dtype=torch.float64)
 
-    def children(self, logits: Tensor, count: int) -> tuple[Tensor, Tensor | None]:
-        """`count` tokens (k, count) to follow each of k nodes, and the q (k, V) they come from.
+    def draw(self, logits: Tensor) -> tuple[Tensor, Tensor | None]:
+        """One token after each of k nodes, by its index among the logits (k,), and its q (k, S).
 
-        Greedy drafts take the likeliest ones, and there is no q: they are no samples.
+        Greedily it is the likeliest token, and there is no q: it is named, not drawn.
         """
         if self.temperature == 0:
-            best = argmax(logits)[:, None] if count == 1 else logits.topk(count).indices
-            return best, logits.float().softmax(-1) if self.explain else None
-        q = self.law(logits)
-        return draw(q, count, self.generator), q
+            return argmax(logits), None
+        q = self.distribution(logits)
+        return sample(q, self.uniforms(len(q))), q
 
-    def guesses(self, logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
-        """The `count` likeliest tokens (k, count) to follow each of k nodes; how likely, as log q.
+    def likeliest(self, logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """The `count` likeliest tokens after each of k nodes, by index, and log q, (k, count) both.
 
-        By the head's probabilities at the temperature of the text, which stands in for p.
+        They are named. q ranks the nodes of a tree and judges nothing, so that top-k and top-p may
+        be left out, and a low temperature may be raised to GREEDY_TEMPERATURE.
         """
         logits = logits.float() / max(self.temperature, GREEDY_TEMPERATURE)
-        log_q, tokens = logits.log_softmax(-1).topk(count)
-        return tokens, log_q
+        log_q, indices = logits.log_softmax(-1).topk(count)
+        return indices, log_q
 
-    def shown(self, p: Tensor | None, logits: Tensor) -> Tensor:
-        """The target's p for on-lookers: greedy decoding itself needs none."""
-        return logits.float().softmax(-1) if p is None else p
+
+class Vocabulary(nn.Module):
+    """The tokens that a head can guess. A token's index is its place among the head's logits."""
+
+    def __init__(self, size: int, target):
+        """`size` tokens, set by `choose` or loaded with the weights; 0: all of the target's."""
+        super().__init__()
+        self.whole = target.config.vocab_size
+        self.register_buffer("tokens", torch.arange(size) if size else None)  # (S,)
+
+    def choose(self, counts: Tensor) -> None:
+        """Take the most frequent tokens by `counts` (V,)."""
+        if self.tokens is not None:
+            order = counts.argsort(descending=True, stable=True)[: len(self.tokens)]
+            self.tokens.copy_(order.sort().values)
+
+    def coverage(self, counts: Tensor) -> float:
+        """The share of a text, whose tokens have these counts (V,), that a head can guess."""
+        return (self.rows(counts).sum() / counts.sum()).item()
+
+    def rows(self, weight: Tensor) -> Tensor:
+        """The rows of an LM head (V, D) for these tokens (S, D)."""
+        return weight if self.tokens is None else weight[self.tokens]
+
+    def tokens_at(self, indices: Tensor) -> Tensor:
+        """Indices among the logits -> tokens."""
+        return indices if self.tokens is None else self.tokens[indices]
+
+    def indices_of(self, tokens: Tensor) -> Tensor:
+        """Tokens -> indices among the logits; -1 for a token that the head cannot guess."""
+        if self.tokens is None:
+            return tokens
+        indices = self.tokens.new_full((self.whole,), -1)
+        indices[self.tokens] = torch.arange(len(self.tokens), device=indices.device)
+        return indices[tokens]
+
+    def spread(self, q: Tensor) -> Tensor:
+        """q (k, S) -> q (k, V), 0 for a token that the head cannot guess."""
+        if self.tokens is None:
+            return q
+        return q.new_zeros(len(q), self.whole).index_copy_(1, self.tokens, q)

@@ -1,264 +1,412 @@
-"""Training: first the target, then draft heads that learn to guess what it will say.
+"""Training: first the target, then draft heads that learn to guess its next tokens.
 
-**Target.** Trained on the text (train_target.py) or pretrained elsewhere (pretrained.py); then
-frozen for good. Heads learn from its hidden states, computed once: on the text, or on what the
-target itself has written (selfwritten.py).
+**Target.** Trained on the text (targets/small.py) or pretrained elsewhere (targets/pretrained.py);
+then frozen for good. Heads learn from its hidden states: on the text (targets/features.py), or on
+text that the target writes itself (targets/written.py).
 
 **Head, supervised.** L_sup: see `supervised_loss` of each kind in draft_head.py.
 
-**Head and discriminator, joint** (KOALA, arXiv 2408.08146). After the supervised part of the steps,
-since an adversarial term added before the plateau only slows the head, and some hundred steps of
-D alone on the head as it stands, the two alternate on each batch:
+**Head and discriminator, joint** (KOALA, arXiv 2408.08146). First comes the supervised part, 60 %
+of the head's steps: before its plateau an adversarial term only slows the head. Then D alone learns
+for some hundred steps, the head held fixed. Then the two alternate on each batch:
 
     D     one step on L_D                              the head held fixed
     head  one step on L_G = L_sup + lambda * L_adv     D held fixed
 
-lambda = 0 is the original head: same batches, same number of head steps, and no D. The checkpoint
-kept is the one that would accept most of its drafts on held-out text, not that of lowest loss.
+`HeadTraining.joint_step` is these two lines. lambda = 0 is plain supervised training: same batches,
+same number of head steps, and no D. The head that is kept is the one that would accept most of its
+drafts on held-out text, not the one of lowest loss.
 
 `python train.py` trains the target and four heads: {medusa, eagle} x {original: K = 1, lambda = 0;
 KOALA: K = 2, lambda > 0}. It can be interrupted at any time: the same command goes on where it
-stopped. Read next: speculate.py.
+stopped. Read next: costs.py.
 """
 
-import copy
-import time
-from dataclasses import asdict
+import math
 from functools import partial
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
-import data
-from budget import Budget, Seconds, step_seconds
-from chat import Chat
-from cli import UserError, bfloat16_cost, choose_device, describe_device, parse, run
-from draft_head import Batch
-from features import Features, Text, measure_acceptance, spread
-from head_training import HeadTraining
-from model import load_checkpoint, load_target
-from pretrained import find_source, import_target, source_settings
-from recipe import (
-    HEADS,
-    PRESETS,
-    PRETRAINED,
-    TrainConfig,
-    head_settings,
-    target_settings,
-    text_packages,
-)
-from report import heads_table, plot_training
-from runs import save_head, trained_heads
-from selfwritten import CHATS, OPENING, TEXTS, Conversations, Written, write_until
-from stage import (
-    LOG_LINES,
-    Autocast,
-    Stage,
-    batch_indices,
-    check_same,
-    hand_back_gaps,
-    is_due,
-    keep_freed_memory,
-    schedule,
-)
-from train_target import train_target
+from discriminator import Discriminator, adversarial_loss, discriminator_loss, exact_logits, health
+from draft_head import Batch, Guess, HeadConfig, build_head
+from drafts import measure_acceptance
+from plumbing.cli import UserError, parse, run
+from plumbing.curves import heads_table, plot_training
+from plumbing.files import load_checkpoint
+from plumbing.machine import Autocast, choose_autocast, choose_device, keep_heap, trim_heap
+from plumbing.progress import LOG_LINES, Progress, batch_indices, check_same, is_due, schedule
+from plumbing.rows import in_pieces
+from recipe import PRESETS, TrainConfig, head_settings, target_settings
+from sampling import probabilities
+from targets.features import corpus, evenly
+from targets.pretrained import find_source, import_target, source_settings
+from targets.runs import get_target, load_target, save_head, settings_of, trained_heads
+from targets.small import train_target
+from targets.text import Text, packages_for, read_text
+from targets.written import self_written
 
 EVALUATIONS = 10  # of each head on held-out text
-VALID_WINDOWS = 128  # that they are measured on
+EVALUATED = 64  # windows of held-out text, each time
+
+# ------------------------------------------------------------------------------- the joint step
+
+
+def update(optimizer, rate: float, loss: Tensor, clip: bool = False) -> None:
+    """One step of an optimizer at this learning rate."""
+    (group,) = optimizer.param_groups
+    group["lr"] = rate
+    optimizer.zero_grad()
+    loss.backward()
+    if clip:
+        nn.utils.clip_grad_norm_(group["params"], 1.0)
+    optimizer.step()
+
+
+class HeadTraining:
+    """A head and its discriminator, if it has one, with their optimizers and the step they make.
+
+    In shapes N is the number of rows, the places of a batch where one draft position is to be
+    learnt; S the number of tokens that the head can guess; D the width of a state.
+    """
+
+    def __init__(
+        self,
+        target,
+        head,
+        discriminator: Discriminator | None,
+        weight: float,
+        autocast: Autocast,
+        head_lr: float = 2e-3,
+        discriminator_lr: float = 1e-3,
+        feature_weight: float = 1.0,
+    ):
+        """`weight`: lambda. `discriminator=None`: L_adv takes the best one, D* = p / (p + q)."""
+        self.target, self.head, self.discriminator = target, head, discriminator
+        self.weight, self.autocast, self.feature_weight = weight, autocast, feature_weight
+        self.head_lr, self.discriminator_lr = head_lr, discriminator_lr
+        self.optimizer = torch.optim.AdamW(
+            head.parameters(), lr=head_lr, betas=(0.9, 0.95), fused=True
+        )
+        if discriminator is not None:
+            weights = discriminator.parameters()
+            self.d_optimizer = torch.optim.Adam(weights, lr=discriminator_lr, betas=(0.5, 0.9))
+
+    def parts(self) -> dict:
+        """The modules and optimizers that make up the state of this training."""
+        parts = {"head": self.head, "optimizer": self.optimizer}
+        if self.discriminator is not None:
+            parts |= {"discriminator": self.discriminator, "d_optimizer": self.d_optimizer}
+        return parts
+
+    def begin(self, train) -> None:
+        """Choose the tokens that the head can guess, and start it in closed form."""
+        self.head.vocabulary.choose(train.counts().to(self.target.embed.weight.device))
+        self.ready()
+        # Windows of 16,384 tokens in all: enough for a thousand unknowns.
+        count = 2**14 // (train.windows.shape[1] - 1)
+        self.head.prepare(self.target, self.batch(train, evenly(torch.arange(len(train)), count)))
+
+    def ready(self) -> None:
+        """Take the part of the LM head (S, D) for the tokens that the head can guess by now."""
+        lm_head = self.head.vocabulary.rows(self.target.lm_head.weight.detach())
+        self.lm_head = lm_head.to(self.autocast.dtype)
+        at_once = 2**21 if lm_head.device.type == "cpu" else 2**27  # logits: 8 MB, or 512
+        self.piece = max(32, at_once // len(lm_head))  # rows of a batch in a piece
+        if self.discriminator is not None:
+            self.discriminator.set_lm_head(self.lm_head)
+
+    def batch(self, data, windows: Tensor, noise_seed: int | None = None) -> Batch:
+        """These windows of the data, the tokens that the head is to learn marked.
+
+        A head that learns p learns from every token: in a chat p teaches the target's language
+        also where the user speaks. A head that learns tokens takes the target's own. Tokens that
+        the head cannot guess are left out. `noise_seed`: for the noise on EAGLE's input.
+        """
+        if noise_seed is not None:
+            torch.manual_seed(noise_seed)
+        batch = data.batch(windows)
+        learn = torch.ones_like(batch.learn) if self.head.learns_p else batch.learn
+        return batch._replace(learn=learn & (self.head.vocabulary.indices_of(batch.tokens) >= 0))
+
+    # ---------------------------------------------------------------------------- the step
+
+    def joint_step(self, batch: Batch, part: str, own_steps: int, rate=1.0, log=False) -> dict:
+        """One step of the head and, in the joint part, one of D before it. Figures if `log`.
+
+        `part`: "supervised", "D alone" or "joint". `own_steps`: the draft positions that EAGLE
+        learns by now. `rate`: share of both peak learning rates. D slows down with the head: a D
+        that still leaps beside a head at rest forgets its knowledge (study/LOG.md).
+        """
+        positions = self.head.max_draft or own_steps
+        if not batch.learn[:, positions + 1 :].any():
+            return {}  # the last draft position would have no row
+        with self.autocast(), torch.set_grad_enabled(part != "D alone"):
+            guess = self.head(batch, own_steps)
+
+        # D: one step on L_D, the head held fixed.
+        if part != "supervised" and self.discriminator is not None:
+            with self.autocast():
+                loss = self.d_loss(guess.detach(), batch)
+            update(self.d_optimizer, self.discriminator_lr * rate, loss)
+        if part == "D alone":
+            return {}
+
+        # Head: one step on L_sup + lambda L_adv, D held fixed.
+        weight, figures = self.weight if part == "joint" else 0.0, {}
+        with self.autocast():
+            if log:
+                loss, figures = self.loss_in_parts(guess, batch, weight)
+            else:
+                loss = self.head_loss(guess, batch, 1.0, weight)
+        update(self.optimizer, self.head_lr * rate, loss, clip=True)
+        return figures
+
+    def d_loss(self, guess: Guess, batch: Batch) -> Tensor:
+        """L_D, the weighted sum over draft positions.
+
+        `in_pieces` takes a mean over rows with its gradient, some rows at a time: the logits (N, S)
+        of all rows are never there at once.
+        """
+        total = 0.0
+        for index, weight, (state, h_from, h_to, _), to_logits in self.positions(guess, batch):
+            rows = self.discriminator.context(h_from, h_to, index), state, h_to
+            total = total + weight * in_pieces(self.d_loss_at, self.piece, rows, to_logits)
+        return total
+
+    def head_loss(self, guess: Guess, batch: Batch, sup=1.0, adv=0.0) -> Tensor:
+        """sup * L_sup + adv * L_adv, the weighted sum over draft positions."""
+        total = 0.0
+        for index, weight, rows, to_logits in self.positions(guess, batch):
+            loss_at = partial(self.head_loss_at, index, sup, adv)
+            total = total + weight * in_pieces(loss_at, self.piece, rows, to_logits)
+        return total
+
+    def positions(self, guess: Guess, batch: Batch):
+        """Yields (index, weight, rows, map to logits) of each draft position i = index + 1.
+
+        A row is a place t whose token x_{t+1+i} is to be learnt. rows: state (N, D), the head's
+        guess of h_{t+i}, or Medusa's counterpart; h_from (N, D), the h_t that the draft began from;
+        h_to (N, D), the target's own h_{t+i}; token (N,), the index of x_{t+1+i}.
+        """
+        for i, (state, to_logits) in enumerate(zip(guess.states, guess.maps), start=1):
+            h_from = batch.rows(batch.hidden[:, :-i], i)
+            h_to = batch.rows(batch.hidden[:, i:], i)
+            token = self.head.vocabulary.indices_of(batch.rows(batch.tokens[:, i + 1 :], i))
+            rows = state, h_from, h_to, token
+            yield i - 1, self.head.position_weights[i - 1], rows, to_logits.to(self.lm_head.dtype)
+
+    def d_loss_at(self, context, state, h_to, to_logits) -> Tensor:
+        """L_D of one draft position, for a piece of its rows.
+
+        `context`: g and b of each row. Through them the gradient reaches D's weights; `in_pieces`
+        hands it on to its inputs only.
+        """
+        p, q = probabilities(h_to, self.lm_head), probabilities(state, to_logits)  # (N, S)
+        return discriminator_loss(self.discriminator.score(context).float(), p, q)
+
+    def head_loss_at(self, index, sup, adv, state, h_from, h_to, token, to_logits) -> Tensor:
+        """sup * L_sup + adv * L_adv of one draft position, for a piece of its rows."""
+        logits = F.linear(state, to_logits).float()  # (N, S)
+        p = probabilities(h_to, self.lm_head) if self.head.learns_p or adv else None
+        label = p if self.head.learns_p else token
+        loss = sup * self.head.supervised_loss(logits, label, state, h_to, self.feature_weight)
+        if adv:
+            q = logits.softmax(-1)  # the lesson of the discriminator comes through q alone
+            loss = loss + adv * adversarial_loss(self.judged(index, h_from, h_to, p, q), q)
+        return loss
+
+    @torch.no_grad()
+    def judged(self, index: int, h_from: Tensor, h_to: Tensor, p: Tensor, q: Tensor) -> Tensor:
+        """The discriminator's logits (N, S), without a gradient."""
+        if self.discriminator is None:
+            return exact_logits(p, q)
+        return self.discriminator.score(self.discriminator.context(h_from, h_to, index)).float()
+
+    # ------------------------------------------------------------------- figures for the log
+
+    def loss_in_parts(self, guess: Guess, batch: Batch, weight: float) -> tuple[Tensor, dict]:
+        """The head's loss, L_sup and L_adv computed apart, and the figures of both."""
+        loss = self.head_loss(guess, batch)
+        figures = {"loss_sup": loss.item()}
+        if weight == 0:
+            return loss, figures
+        adversarial = self.head_loss(guess, batch, 0.0, 1.0)
+        figures["loss_adv"] = adversarial.item()
+        sizes = [gradient_norm(self.head, part) for part in (loss, adversarial)]
+        figures["gradient_ratio"] = weight * sizes[1] / max(sizes[0], 1e-12)
+        return loss + weight * adversarial, figures | self.health(guess, batch)
+
+    @torch.no_grad()
+    def health(self, guess: Guess, batch: Batch) -> dict[str, float]:
+        """The discriminator's figures (see its file), the mean over draft positions, each by about
+        a thousand rows from the whole batch."""
+        each = []
+        for index, _, rows, to_logits in self.positions(guess, batch):
+            state, h_from, h_to, _ = (values[:: -(-len(values) // 1024)] for values in rows)
+            p, q = probabilities(h_to, self.lm_head), probabilities(state, to_logits)
+            each.append(health(self.judged(index, h_from, h_to, p, q), p, q))
+        return {key: sum(one[key] for one in each) / len(each) for key in each[0]}
+
+
+def gradient_norm(head, loss: Tensor) -> float:
+    """||grad loss|| over the head's parameters; keeps the graph."""
+    parameters = [w for w in head.parameters() if w.requires_grad]
+    grads = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
+    return math.sqrt(sum(g.square().sum().item() for g in grads if g is not None))
+
+
+# ----------------------------------------------------------------------------------- the loop
+
+
+def shape_of(config: TrainConfig, name: str, target) -> HeadConfig:
+    """The shape of the head of this name."""
+    layers, _ = config.layers_and_weight(name)
+    vocab = config.draft_vocab if config.draft_vocab < target.config.vocab_size else 0
+    kind, width = name.split("-")[0], config.head_mlp_width
+    return HeadConfig(kind, layers, draft_vocab=vocab, mlp_width=width)
+
+
+def new_training(config: TrainConfig, name: str, target, autocast: Autocast) -> HeadTraining:
+    """The untrained head of this name and its discriminator, if it has a learnt one."""
+    torch.manual_seed(config.seed)
+    head, discriminator = build_head(shape_of(config, name, target), target), None
+    _, weight = config.layers_and_weight(name)
+    if weight > 0 and config.discriminator == "learnt":
+        rows = head.vocabulary.rows(target.lm_head.weight)
+        discriminator = Discriminator(rows, head.max_draft or config.own_steps).to(rows.device)
+    rates = config.head_lr, config.discriminator_lr
+    return HeadTraining(
+        target, head, discriminator, weight, autocast, *rates, config.feature_weight
+    )
 
 
 def train_head(
-    config: TrainConfig, name: str, target, wanted: dict, train, valid, autocast, before=None
-) -> dict:
-    """Train one head on `train`, select it on `valid`, write NAME.pt; return the record in it.
+    config: TrainConfig, name: str, target, settings: dict, train, valid, autocast, extra=None
+) -> None:
+    """Train one head on `train`, select its best state on `valid`, write it to NAME.pt.
 
-    `wanted`: the settings it is known by. `before`: the checkpoint to go on from, with --more.
+    `config`: its own settings (`config.of_head`); `settings`: the recorded ones of them.
+    `extra(target, head, batch)`: further figures on held-out text for the record. Raises UserError
+    where no evaluation gave a number: the head diverged.
     """
-    training = HeadTraining(config, name, target, autocast)
-    head, per_step = training.head, config.head_windows_per_step
-    steps = max(1, wanted["head_tokens"] // config.head_tokens_per_step)
-    joint_from = int(config.supervised_share * steps) if training.weight > 0 else steps
-    in_progress = wanted | {"dtype in use": str(autocast.dtype)}
-    earlier = before["training"]["log"] if before else []
-    stage = Stage(config.folder, name, steps, in_progress, training.parts(), earlier)
+    training = new_training(config, name, target, autocast)
+    head, seed, tokens_per_step = (
+        training.head,
+        config.seed,
+        config.windows_per_step * config.window,
+    )
+    steps = max(1, config.head_tokens // tokens_per_step)
+    joint_from = int(config.joint_from * steps) if training.weight > 0 else steps
+    in_progress = settings | {"dtype in use": str(autocast.dtype)}
+    progress = Progress(config.folder, name, steps, in_progress, training.parts())
 
-    def measure() -> dict:
+    def measure(count: int = EVALUATED, by=measure_acceptance, **more) -> dict:
         head.eval()
-        values = measure_acceptance(target, head, valid, count=64)
+        figures = by(target, head, valid.batch(evenly(torch.arange(len(valid)), count)), **more)
         head.train()
-        return values
+        return figures
 
-    if stage.step > 0:
-        training.ready()
-    elif before is not None:
-        head.load_state_dict(before["weights"])
-        training.ready()
-        stage.keep_if_best(measure()["tau_estimate"], head, step=0)
+    if progress.step == 0 and config.init is None:
+        training.begin(train)
     else:
-        training.start(train)
+        if progress.step == 0:
+            head.load_state_dict(weights_to_start(config, head.config, settings["target"]))
+            progress.keep_if_best(measure()["tau_estimate"], head, step=0)
+        training.ready()
     coverage = head.vocabulary.coverage(valid.counts().to(target.embed.weight.device))
-    if config.head_vocab(target):
+    head.train()
+    if head.config.draft_vocab:
         print(f"{name}: guesses {config.draft_vocab} tokens, {coverage:.2%} of held-out text")
-    seed = config.seed + 97 * wanted.get("round", 0)  # a further round sees the text in a new order
 
-    def batch(step: int, seed: int) -> Batch:
-        torch.manual_seed(seed * 7919 + step)  # the noise on EAGLE's input: of this step's own
-        return training.lesson(train.batch(batch_indices(len(train.windows), per_step, step, seed)))
-
-    for step in stage:
+    for step in progress:
         if step == joint_from and training.discriminator is not None:
             print(f"{name}: {config.discriminator_steps} steps of the discriminator alone")
-            stage.save()
+            progress.save()
             for d_step in range(config.discriminator_steps):
-                training.discriminator_alone(batch(d_step, seed + 2))
-                stage.heed()
+                windows = batch_indices(len(train), config.windows_per_step, d_step, seed + 2)
+                batch = training.batch(train, windows, (seed + 2) * 7919 + d_step)
+                training.joint_step(batch, "D alone", config.own_steps)
+                progress.raise_if_interrupted()
         log = is_due(step, steps, LOG_LINES)
-        own = config.own_steps if step >= int(config.own_from * steps) else 1
-        rate = schedule(step, steps)
-        values = training.step(batch(step, seed), step >= joint_from, own, rate, log)
+        own_steps = config.own_steps if step >= int(config.own_from * steps) else 1
+        part = "joint" if step >= joint_from else "supervised"
+        windows = batch_indices(len(train), config.windows_per_step, step, seed)
+        batch = training.batch(train, windows, seed * 7919 + step)  # all a function of the step
+        figures = training.joint_step(batch, part, own_steps, schedule(step, steps), log)
         if is_due(step, steps, EVALUATIONS):
-            values |= measure()
-            stage.keep_if_best(values["tau_estimate"], head)
-        if log or "tau_estimate" in values:
-            stage.log(config.head_tokens_per_step, **values)
-            hand_back_gaps()
-    if stage.best is None:
+            figures |= measure()
+            progress.keep_if_best(figures["tau_estimate"], head)
+        if log or "tau_estimate" in figures:
+            progress.log(tokens_per_step, **figures)
+            trim_heap()
+    if progress.best is None:
         raise UserError(f"{name} diverged: try a lower --head_lr or --adversarial_weight")
-    head.load_state_dict(stage.best)
-    head.eval()
-    rounds = before["training"]["rounds"] if before else []
-    tokens = steps * config.head_tokens_per_step
+    head.load_state_dict(progress.best)
+    held_out = measure(len(valid), by_rank=True) | (measure(len(valid), extra) if extra else {})
     record = {
         "name": name,
-        "settings": wanted,
+        "settings": settings,
         "dtype": str(autocast.dtype),
-        "kept_step": stage.best_step,  # of this round; 0: the head as it was before
+        "kept_step": progress.best_step,  # 0: the head it started from
         "steps": steps,
-        "seconds": stage.elapsed() + sum(r["seconds"] for r in rounds),
+        "tokens": steps * tokens_per_step,
+        "windows": len(train),
+        "seconds": progress.elapsed(),
         "parameters": sum(p.numel() for p in head.parameters()),
         "coverage": coverage,  # share of held-out text whose tokens it can guess
-        "valid": measure_acceptance(target, head, valid, len(valid.windows), by_rank=True),
-        "log": [row for row in stage.rows if "tau_estimate" in row],
+        "valid": held_out,
+        "log": [row for row in progress.rows if "tau_estimate" in row],
     }
-    about = {"tokens": tokens, "windows": len(train.windows), "seconds": stage.elapsed()}
-    record["rounds"] = [*rounds, about | {"tau_estimate": record["valid"]["tau_estimate"]}]
-    save_head(config.folder / f"{name}.pt", head, wanted["target"], record)
-    stage.finish()
-    return record
+    save_head(config.folder / f"{name}.pt", head, settings["target"], record)
+    progress.finish()
+
+
+def weights_to_start(config: TrainConfig, shape: HeadConfig, target_print: str) -> dict:
+    """The weights of the head that --init names. Raises UserError where they do not fit."""
+    checkpoint = load_checkpoint(Path(config.init), "draft head")
+    if checkpoint["target"] != target_print:
+        raise UserError(f"--init {config.init}: that head was trained for another target")
+    if HeadConfig(**checkpoint["config"]) != shape:
+        raise UserError(f"--init {config.init}: that head has another shape: {shape}")
+    return checkpoint["weights"]
 
 
 # --------------------------------------------------------------------------------------- main
 
 
-def corpus(config: TrainConfig, target, text: Text, autocast) -> tuple[Features, Features]:
-    """What heads learn from and are held to: the text, with the target's states on it."""
-    length = config.head_window + 1
-    rows = spread(text.windows("train", length), config.head_data_tokens // config.head_window)
-    train = Features(target, rows, config.cache_gb, autocast)
-    rows = spread(text.windows("valid", length), VALID_WINDOWS)
-    return train, Features(target, rows, config.cache_gb, autocast)
+def head_data(config: TrainConfig, target, checkpoint: dict, text: Text | None, autocast) -> tuple:
+    """(train, valid): the windows that a head learns from and is evaluated on.
+
+    `config`: the head's own settings (`config.of_head`).
+    """
+    if config.head_data == "corpus":
+        return corpus(target, text, config.window, config.head_data_tokens, autocast)
+    folder, sizes = config.folder / "conversations", (config.window, config.written_tokens)
+    return self_written(folder, target, checkpoint, text, *sizes, config.seed, autocast.dtype)
 
 
-def self_written(config: TrainConfig, target, checkpoint: dict, text, budget: Budget, autocast):
-    """What heads learn from and are held to: what the target writes, by now or from now on."""
-    encoding = data.build_encoding(checkpoint["tokenizer"])
-    chat = Chat.of(encoding, checkpoint["tokenizer"])
-    about = {
-        "target": checkpoint["fingerprint"],
-        "length": config.head_window,
-        "width": target.config.width,
-        "seed": config.seed,
-        "dtype": str(autocast.dtype),
-        "rules": TEXTS if chat is None else CHATS,
-    }
-    written = Conversations(config.folder / "conversations", about)
-    openings = None
-    if chat is None:
-        if text is None:  # of a pretrained target that knows no chats, which is known only now
-            text = read_text(config)
-            text.use(checkpoint["tokenizer"])
-        begin = torch.tensor(encoding.begin, dtype=torch.long)
-        size = min(OPENING, config.head_window // 2) - len(begin)
-        openings = text.windows("train", size).long()
-        openings = torch.cat([begin.expand(len(openings), -1), openings], 1)
-    writer = copy.deepcopy(target).to(autocast.dtype)  # as it will be when it decodes
-    write_until(written, writer, encoding, chat, openings, budget.enough)
-    del writer  # as large as the target
-    return Written(target, written, held_out=False), Written(target, written, held_out=True)
-
-
-class Lessons:
-    """What heads learn from and are held to, each text made once and when it is first asked for."""
-
-    def __init__(
-        self, config: TrainConfig, target, checkpoint: dict, text, budget: Budget, autocast
-    ):
-        self.config, self.target, self.checkpoint = config, target, checkpoint
-        self.text, self.budget, self.autocast, self.found = text, budget, autocast, {}
-
-    def of(self, name: str) -> tuple:
-        """(train, valid) of the head of this name."""
-        config = self.config.of_head(name)
-        if config.head_data not in self.found:
-            if config.head_data == "self":
-                about = self.checkpoint, self.text, self.budget
-                pair = self_written(config, self.target, *about, self.autocast)
-            else:
-                pair = corpus(config, self.target, self.text, self.autocast)
-            self.found[config.head_data] = pair
-        return self.found[config.head_data]
-
-
-def rounds_of(checkpoint: dict) -> int:
-    """How often this head was trained: once, and once more with each --more."""
-    return len(checkpoint["training"].get("rounds", [0]))
-
-
-def train_heads(config: TrainConfig, text: Text | None, device, autocast) -> None:
+def train_heads(config: TrainConfig, text: Text | None, device, autocast: Autocast) -> None:
     """Train the heads that are still missing, then write the table and the plot."""
-    folder = config.folder
+    folder, data = config.folder, {}
     target, checkpoint = load_target(folder / "target.pt", device)
-    if config.head_window > target.config.context:
-        raise UserError(f"--window {config.head_window}: this target reads {target.config.context}")
+    if config.window > target.config.context:
+        raise UserError(f"--head_window {config.window}: this target reads {target.config.context}")
     target_print = checkpoint["fingerprint"]
-    names = [config.head] if config.head else list(HEADS)
-    paths = [folder / f"{name}.pt" for name in names]
-
-    def complete(rounds: int) -> bool:
-        heads = (load_checkpoint(p, "draft head") if p.is_file() else None for p in paths)
-        return all(head is not None and rounds_of(head) >= rounds for head in heads)
-
-    budget = Budget(config, complete)
-    lessons = Lessons(config, target, checkpoint, text, budget, autocast)
-
-    def cost(name: str) -> Seconds:
-        train, valid = lessons.of(name)
-        evaluate = partial(measure_acceptance, target, features=valid, count=64)
-        training = HeadTraining(config.of_head(name), name, target, autocast)
-        return step_seconds(training, train, evaluate)
-
-    for name in names:
-        path, before, own = folder / f"{name}.pt", None, config.of_head(name)
-        wanted = head_settings(own, name, target_print)
+    for name in config.heads:
+        path, own = folder / f"{name}.pt", config.of_head(name)
+        settings = head_settings(own, name, target_print)
         if path.is_file():
-            before = load_checkpoint(path, "draft head")
-            changing = {"round", "head_tokens"} if config.minutes is not None else set()
-            same = {k: v for k, v in wanted.items() if k not in changing}
-            check_same(path, before["training"]["settings"], same)
-            if rounds_of(before) >= budget.round:
-                print(f"{name}: trained already")
-                continue
-        lesson = lessons.of(name)
-        budget.share_out(names, cost)
-        # A head that comes later goes through the same rounds as the others did.
-        done = rounds_of(before) if before else 0
-        for number in range(done + 1, budget.round + 1):
-            if number > done + 1:
-                before = load_checkpoint(path, "draft head")
-            if config.minutes is not None:
-                tokens = budget.head_tokens(name, number)
-                wanted |= {"round": number, "head_tokens": tokens}
-            train_head(own, name, target, wanted, *lesson, autocast, before)
+            check_same(path, settings_of(path, load_checkpoint(path, "draft head")), settings)
+            print(f"{name}: trained already")
+            continue
+        if own.init is not None:  # refused before any text is written
+            weights_to_start(own, shape_of(own, name, target), target_print)
+        if own.head_data not in data:
+            data[own.head_data] = head_data(own, target, checkpoint, text, autocast)
+        train_head(own, name, target, settings, *data[own.head_data], autocast)
     found = [load_checkpoint(folder / f"{name}.pt", "draft head") for name in trained_heads(folder)]
     records = [head["training"] for head in found if head["target"] == target_print]
     (folder / "heads.md").write_text(heads_table(records) + "\n")
@@ -268,65 +416,30 @@ def train_heads(config: TrainConfig, text: Text | None, device, autocast) -> Non
     print(f"written: {folder / 'heads.md'}, {folder / 'training.png'}")
 
 
-def read_text(config: TrainConfig) -> Text:
-    text = Text(config.data, text_packages(asdict(config)), ("train", "valid"))
-    about, sizes = text.description, text.description["bytes"].items()
-    print(
-        f"text: {about['source']} (Python {about['python']}), split {about['hash']}, bytes", end=" "
-    )
-    print(", ".join(f"{split} {size:,}" for split, size in sizes))
-    return text
-
-
-def get_target(config: TrainConfig, path: Path, text: Text | None, device, autocast) -> None:
-    """Import or train the target at `path`, unless it is there already; tokenize the text."""
-    if path.is_file():
-        checkpoint, wanted = load_checkpoint(path, "target"), target_settings(config, text)
-        if config.target is not None:
-            wanted |= source_settings(find_source(config.target))
-        check_same(path, checkpoint["training"]["settings"], wanted)
-        if text is not None:
-            text.use(checkpoint["tokenizer"])
-        print(f"target: {'imported' if config.target else 'trained'} already")
-    elif config.stage == "heads":
-        raise UserError(f"there is no target at {path}: train it with --stage target")
-    elif config.target is not None:
-        import_target(find_source(config.target), path, config.context)
-        print(f"target: imported from {config.target}")
-        if text is not None:
-            text.use(load_checkpoint(path, "target")["tokenizer"])
-    else:
-        if config.tokenizer != "bpe":
-            text.use({"name": config.tokenizer})
-        else:
-            start = time.monotonic()
-            documents = text.documents["train"]
-            text.use(data.learn_tokenizer([d.text for d in documents], config.vocab_size))
-            took = time.monotonic() - start
-            print(f"tokenizer: {text.encoding.n_vocab} tokens learnt in {took:.0f} s")
-        train_target(config, text, device, autocast)
-
-
-def choose_autocast(config: TrainConfig, device: torch.device) -> Autocast:
-    """The dtype to compute in: bfloat16 where it is asked for, or faster."""
-    fast = bfloat16_cost(device) < 0.7
-    low = config.dtype == "bfloat16" or config.dtype == "auto" and fast
-    reason = "bfloat16 is " + ("faster here" if fast else "not faster here")
-    print(f"{describe_device(device)}, {'bfloat16 autocast' if low else 'float32'} ({reason})")
-    return Autocast(device, torch.bfloat16 if low else torch.float32)
-
-
 def main() -> None:
-    config = parse(TrainConfig, presets=PRESETS | {"pretrained": PRETRAINED})
+    config = parse(TrainConfig, presets=PRESETS, about=__doc__)
     device = choose_device(config.device)
-    autocast = choose_autocast(config, device)
-    keep_freed_memory()
-    # A pretrained target that writes its own text needs no other.
-    text = read_text(config) if config.needs_text else None
+    autocast = choose_autocast(config.dtype, device)
+    keep_heap()
+    text, path = None, config.folder / "target.pt"
+    if config.needs_text:  # a pretrained target that writes its own text needs no other
+        text = read_text(config.data, packages_for(config.target_vocab))
     config.folder.mkdir(parents=True, exist_ok=True)
     print(f"run: {config.folder}")
-    get_target(config, config.folder / "target.pt", text, device, autocast)
-    if config.stage != "target":
+    known_by = target_settings(config)
+    if config.target is not None:
+        source = find_source(config.target)
+        make = partial(import_target, source, path, config.target_context)
+        known_by |= source_settings(source)
+    else:
+        known_by |= {"text": text.description["hash"]}
+        amounts = config.target_tokens, config.batch_tokens, config.target_lr
+        how = config.optimizer, config.seed, known_by, autocast
+        make = partial(train_target, path, text, config.gpt(), *amounts, *how)
+    checkpoint = get_target(path, known_by, make)
+    if text is not None:
+        text.use(checkpoint["tokenizer"])
+    if config.heads:
         train_heads(config, text, device, autocast)
 
 

@@ -10,10 +10,10 @@ from collections import Counter
 import pytest
 from toys import FORM, SPECIAL, chat_tokenizer
 
-import prompts
-from chat import Chat, read_questions
-from cli import UserError
-from data import build_encoding, encode
+from plumbing.cli import UserError
+from study.prompts import QUESTIONS, read_questions
+from targets.bpe import build_encoding, encode
+from targets.chat import Chat
 
 STOP = SPECIAL["<|im_end|>"]
 
@@ -47,7 +47,7 @@ CONVERSATIONS = {
 
 @pytest.mark.parametrize("turns", CONVERSATIONS.values(), ids=CONVERSATIONS)
 def test_a_prompt_is_the_encoding_of_the_rendered_template(chat, encoding, turns):
-    """Text between two special tokens as a whole: line breaks merge across what we and they said."""
+    """Text between two special tokens as a whole: line breaks merge across what either said."""
     expected = encoding.encode(rendered(turns), allowed_special=set(SPECIAL))
     assert chat.prompt(turns) == expected
     assert encoding.decode(chat.prompt(turns)) == rendered(turns)
@@ -144,7 +144,7 @@ def test_a_line_that_is_no_question_is_refused_by_its_number(tmp_path, line):
 
 
 def test_our_questions_are_sixty_of_six_kinds_half_of_them_for_validation():
-    questions = read_questions(prompts.QUESTIONS)
+    questions = read_questions(QUESTIONS)
     assert len(questions) == 60
     assert len({q.category for q in questions}) == 6
     assert Counter((q.category, q.split) for q in questions) == {

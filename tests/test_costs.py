@@ -4,18 +4,10 @@ import pytest
 import torch
 from toys import tiny_head, tiny_target
 
-from cli import UserError
-from costs import (
-    ROUNDS,
-    Size,
-    best_size,
-    choose_dtype,
-    expected_tau,
-    fastest,
-    isolated_costs,
-    size_costs,
-)
-from tree import chain, fixed_tree, plan_draft
+from costs import ROUNDS, Size, best_size, expected_tau, fastest, isolated_costs, size_costs
+from drafts import chain_paths, fixed_tree, plan_draft
+from plumbing.cli import UserError
+from targets.runs import choose_dtype
 
 CPU = torch.device("cpu")
 
@@ -69,6 +61,16 @@ def test_tau_is_reckoned_from_what_decoding_will_do():
     assert expected_tau(head, 1, 2, 1.0) == pytest.approx(1 + 0.3 + 0.2)
 
 
+def test_a_sampled_tree_is_reckoned_by_mass_in_the_shape_that_will_be_drafted():
+    """A fixed tree is that of the best ranks at any temperature; a growing one finds its own."""
+    head = Recorded([[0.8, 0.1], [0.6, 0.1]], mass=[[0.3, 0.2], [0.3, 0.2]], alpha=(0.5, 0.4))
+    assert expected_tau(head, 2, 2, 1.0) == pytest.approx(1 + 0.3 + 0.2)
+    head.autoregressive = False
+    assert expected_tau(head, 2, 2, 0.0) == pytest.approx(1 + 0.8 + 0.48)
+    assert expected_tau(head, 2, 2, 1.0) == pytest.approx(1 + 0.3 + 0.09)
+    assert expected_tau(head, 3, 0, 1.0) == pytest.approx(1 + 0.5 + 0.2 + 0.08)
+
+
 @pytest.mark.parametrize("kind", ["medusa", "eagle"])
 @pytest.mark.parametrize(
     "gamma, nodes",
@@ -117,7 +119,7 @@ def test_every_job_is_measured_and_leaves_its_cache_as_it_was():
     target = tiny_target()
     head = tiny_head("eagle", 1, target)
     plans = {
-        "short": fixed_tree(chain(1), torch.device("cpu")),
+        "short": fixed_tree(chain_paths(1), torch.device("cpu")),
         "tree": plan_draft(head, 3, 6, target),
     }
     methods = {name: (head, plan) for name, plan in plans.items()}
@@ -156,7 +158,7 @@ def test_drafts_between_the_measured_depths_are_interpolated(monkeypatch):
 
 
 def test_a_plain_step_is_measured_after_a_plain_step(monkeypatch):
-    """As in plain decoding: after anything else it takes longer, and all drafts would look cheap."""
+    """As in plain decoding: after anything else it takes longer, and drafts would look cheap."""
     read = [0]
 
     def cold_or_warm(bench, count: int) -> float:

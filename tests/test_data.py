@@ -11,10 +11,28 @@ from collections import Counter
 import pytest
 import torch
 
-import data
-from cli import UserError
-from data import Document
-from prompts import from_documents, passages
+from plumbing.cli import UserError
+from study.prompts import from_documents, passages
+from targets.bpe import (
+    END_OF_TEXT,
+    PIECES,
+    build_encoding,
+    encode,
+    learn_merges,
+    learn_tokenizer,
+    token_bytes,
+    tokenize,
+)
+from targets.text import (
+    SPLITS,
+    Document,
+    describe,
+    load_documents,
+    overlap,
+    read_paths,
+    split_of,
+    windows,
+)
 
 TEXT = (
     "def reload(self, path):\n    value_1 = read(path)  # read it, then read it again\n"
@@ -25,12 +43,12 @@ TEXT = (
 
 @pytest.fixture(scope="module")
 def encoding():
-    return data.build_encoding(data.learn_tokenizer([TEXT], 400))
+    return build_encoding(learn_tokenizer([TEXT], 400))
 
 
 @pytest.fixture(scope="module")
 def library() -> dict[str, list[Document]]:
-    return data.load_documents(None)
+    return load_documents(None)
 
 
 # ------------------------------------------------------------------------------------ tokenizer
@@ -43,14 +61,14 @@ STRANGE = {
     "emoji": "👩‍👩‍👧‍👦 🏳️‍🌈 é e\u0301".encode(),
     "nul": b"\0\0a\0\nb\0",
     "blanks": b" \t\n\r\n   \n\n\t\t \x0b\x0c \xc2\x85\xe2\x80\xa8 x  y   ",
-    "end of text, spelled": data.END_OF_TEXT.encode(),
+    "end of text, spelled": END_OF_TEXT.encode(),
     "empty": b"",
 }
 
 
 @pytest.mark.parametrize("raw", STRANGE.values(), ids=STRANGE)
 def test_any_bytes_survive_encoding(encoding, raw):
-    tokens = data.encode(encoding, raw)
+    tokens = encode(encoding, raw)
     assert encoding.decode_bytes(tokens) == raw
     assert encoding.eot_token not in tokens
 
@@ -58,7 +76,7 @@ def test_any_bytes_survive_encoding(encoding, raw):
 @pytest.mark.parametrize("raw", STRANGE.values(), ids=STRANGE)
 def test_bytes_carried_in_a_string_are_encoded_as_the_bytes(encoding, raw):
     carried = raw.decode("utf-8", "surrogateescape")  # as sys.argv and os.listdir do
-    assert data.encode(encoding, carried) == data.encode(encoding, raw)
+    assert encode(encoding, carried) == encode(encoding, raw)
 
 
 def test_random_strings_survive_encoding(encoding):
@@ -68,12 +86,12 @@ def test_random_strings_survive_encoding(encoding):
             chr(rng.choice([rng.randrange(128), rng.randrange(0xD800)])) for _ in "x" * 20
         ]
         text = "".join(characters)
-        assert encoding.decode_bytes(data.encode(encoding, text)) == text.encode()
+        assert encoding.decode_bytes(encode(encoding, text)) == text.encode()
 
 
 def slow_learning(text: str, vocab_size: int) -> dict[bytes, int]:
     """Byte-pair encoding as one would explain it: count everything anew for every merge."""
-    words = [[bytes([byte]) for byte in piece.encode()] for piece in re.findall(data.PIECES, text)]
+    words = [[bytes([byte]) for byte in piece.encode()] for piece in re.findall(PIECES, text)]
     ranks = {bytes([byte]): byte for byte in range(256)}
     while len(ranks) < vocab_size:
         counts = Counter(pair for word in words for pair in zip(word, word[1:]))
@@ -93,7 +111,7 @@ def slow_learning(text: str, vocab_size: int) -> dict[bytes, int]:
 def slow_encoding(text: str, ranks: dict[bytes, int]) -> list[int]:
     """Within each piece, always join the neighbours that make up the token learnt first."""
     tokens = []
-    for piece in re.findall(data.PIECES, text):
+    for piece in re.findall(PIECES, text):
         parts = [bytes([byte]) for byte in piece.encode()]
         while True:
             joins = [(ranks.get(a + b), i) for i, (a, b) in enumerate(zip(parts, parts[1:]))]
@@ -108,12 +126,12 @@ def slow_encoding(text: str, ranks: dict[bytes, int]) -> list[int]:
 
 @pytest.mark.parametrize("text", [TEXT, "a" * 50 + " " + "ab" * 30, "mississippi " * 4, ""])
 def test_merges_are_those_of_a_slow_learner(text):
-    assert data.learn_merges([text], 330) == slow_learning(text, 330)
+    assert learn_merges([text], 330) == slow_learning(text, 330)
 
 
 def test_tokens_are_those_of_a_slow_encoder():
-    ranks = data.learn_merges([TEXT], 400)
-    encoding = data.build_encoding(data.learn_tokenizer([TEXT], 401))
+    ranks = learn_merges([TEXT], 400)
+    encoding = build_encoding(learn_tokenizer([TEXT], 401))
     unseen = "def reader(reading_2):\n\treturn 'naïve' + \"東京\" if aaaaaa else 98765\n    " + TEXT
     assert encoding.encode_ordinary(unseen) == slow_encoding(unseen, ranks)
 
@@ -121,33 +139,33 @@ def test_tokens_are_those_of_a_slow_encoder():
 def test_pieces_drop_no_character():
     rng = random.Random(2)
     for text in [TEXT, "".join(chr(rng.randrange(0x3000)) for _ in range(5000))]:
-        assert "".join(re.findall(data.PIECES, text)) == text
+        assert "".join(re.findall(PIECES, text)) == text
 
 
 def test_learning_is_deterministic_and_reaches_the_size_asked_for():
-    first, again = (data.learn_tokenizer(iter([TEXT]), 350) for _ in range(2))
+    first, again = (learn_tokenizer(iter([TEXT]), 350) for _ in range(2))
     assert first == again
-    assert data.build_encoding(first).n_vocab == 350  # with END_OF_TEXT, which is the last
-    assert data.build_encoding(first).eot_token == 349
+    assert build_encoding(first).n_vocab == 350  # with END_OF_TEXT, which is the last
+    assert build_encoding(first).eot_token == 349
     assert first["tokens"][:256] == [chr(byte) for byte in range(256)]
 
 
 def test_learning_ends_early_where_nothing_repeats():
-    ranks = data.learn_merges(["abcdefgh"], 400)
+    ranks = learn_merges(["abcdefgh"], 400)
     assert len(ranks) == 256
 
 
 def test_tokenizer_survives_a_checkpoint(encoding, tmp_path):
-    torch.save(data.learn_tokenizer([TEXT], 400), tmp_path / "tokenizer.pt")
+    torch.save(learn_tokenizer([TEXT], 400), tmp_path / "tokenizer.pt")
     kept = torch.load(tmp_path / "tokenizer.pt", weights_only=True)
-    assert data.build_encoding(kept).encode_ordinary(TEXT) == encoding.encode_ordinary(TEXT)
+    assert build_encoding(kept).encode_ordinary(TEXT) == encoding.encode_ordinary(TEXT)
 
 
 def test_token_bytes_add_up_to_the_text(encoding):
-    documents = [Document("a", "a", TEXT), Document("b", "b", "東京")]
-    tokens = data.tokenize(encoding, documents)
-    size = sum(len(document.text.encode()) for document in documents)
-    assert data.token_bytes(encoding)[tokens].sum() == size
+    texts = [TEXT, "東京"]
+    tokens = tokenize(encoding, texts)
+    size = sum(len(text.encode()) for text in texts)
+    assert token_bytes(encoding)[tokens].sum() == size
     assert (tokens == encoding.eot_token).sum() == 2 and tokens[-1] == encoding.eot_token
 
 
@@ -156,17 +174,17 @@ def test_token_bytes_add_up_to_the_text(encoding):
 
 def test_split_is_a_fixed_function_of_the_name():
     known = {"os": "train", "typing": "train", "21": "test", "29": "valid"}
-    assert {name: data.split_of(name) for name in known} == known
-    shares = Counter(data.split_of(f"name {i}") for i in range(5000))
+    assert {name: split_of(name) for name in known} == known
+    shares = Counter(split_of(f"name {i}") for i in range(5000))
     assert shares["train"] / 5000 == pytest.approx(0.90, abs=0.02)
     assert shares["valid"] / 5000 == pytest.approx(0.05, abs=0.015)
     assert shares["test"] / 5000 == pytest.approx(0.05, abs=0.015)
 
 
 def test_no_group_stands_in_two_splits(library, text_folder):
-    for splits in (library, data.load_documents([str(text_folder)])):
+    for splits in (library, load_documents([str(text_folder)])):
         for kind in ("name", "group"):
-            members = [{getattr(d, kind) for d in splits[split]} for split in data.SPLITS]
+            members = [{getattr(d, kind) for d in splits[split]} for split in SPLITS]
             assert sum(map(len, members)) == len(set.union(*members))
 
 
@@ -185,7 +203,7 @@ def test_the_standard_library_is_text_without_tests(library):
 
 
 def test_held_out_standard_library_gives_prompts_of_all_three_tasks(library):
-    encoding = data.build_encoding({"name": "bpe", "pattern": data.PIECES, "tokens": BYTES})
+    encoding = build_encoding({"name": "bpe", "pattern": PIECES, "tokens": BYTES})
     for split in ("valid", "test"):
         chosen, left_out = from_documents(library[split], encoding, 30)
         assert Counter(task for task, _ in chosen) == {"code": 10, "docs": 10, "docstring": 10}
@@ -198,19 +216,19 @@ BYTES = [chr(byte) for byte in range(256)]
 
 
 def test_a_folder_gives_a_task_for_each_of_its_folders(text_folder):
-    documents = data.read_paths([str(text_folder)])
+    documents = read_paths([str(text_folder)])
     assert Counter(d.task for d in documents) == {"fables": 60, "letters": 60}
-    assert documents == data.read_paths([str(text_folder)])
+    assert documents == read_paths([str(text_folder)])
 
 
 def test_one_large_file_is_cut_into_parts_that_make_it_up(tmp_path):
     text = "".join(f"line {i} of the file\n" for i in range(20_000)) + "and no line break"
     (tmp_path / "book.txt").write_text(text)
-    parts = data.read_paths([str(tmp_path / "book.txt")])
+    parts = read_paths([str(tmp_path / "book.txt")])
     assert "".join(part.text for part in parts) == text
     assert 90 <= len(parts) <= 101 and len({part.group for part in parts}) == len(parts)
     assert {part.task for part in parts} == {"book"}
-    splits = data.load_documents([str(tmp_path / "book.txt")])
+    splits = load_documents([str(tmp_path / "book.txt")])
     assert sum(len(d.text) for split in splits.values() for d in split) == len(text)
 
 
@@ -218,13 +236,13 @@ def test_what_is_no_text_in_a_folder_is_passed_over(tmp_path):
     (tmp_path / "a.txt").write_text("text")
     (tmp_path / "b.bin").write_bytes(b"\xff\xfe\x00")
     (tmp_path / "c.bin").write_bytes(b"looks like text\0")
-    assert [d.text for d in data.read_paths([str(tmp_path)])] == ["text"]
+    assert [d.text for d in read_paths([str(tmp_path)])] == ["text"]
 
 
 def test_a_folder_given_as_a_dot_still_has_a_task(tmp_path, monkeypatch):
     (tmp_path / "a.txt").write_text("prose")
     monkeypatch.chdir(tmp_path)
-    assert [d.task for d in data.read_paths(["."])] == [tmp_path.name]
+    assert [d.task for d in read_paths(["."])] == [tmp_path.name]
 
 
 @pytest.mark.parametrize(
@@ -234,22 +252,22 @@ def test_unusable_data_is_refused_by_name(tmp_path, content):
     file = tmp_path / "given.txt"
     file.write_bytes(content)
     with pytest.raises(UserError, match="given.txt"):
-        data.load_documents([str(file)])
+        load_documents([str(file)])
 
 
 def test_missing_data_is_refused_by_name(tmp_path):
     with pytest.raises(UserError, match="nowhere.*does not exist"):
-        data.load_documents([str(tmp_path / "nowhere")])
+        load_documents([str(tmp_path / "nowhere")])
     with pytest.raises(UserError, match="0 characters"):
-        data.load_documents([str(tmp_path)])
+        load_documents([str(tmp_path)])
 
 
 def test_the_description_changes_with_any_character(text_folder):
-    splits = data.load_documents([str(text_folder)])
-    before = data.describe(splits, [str(text_folder)])
+    splits = load_documents([str(text_folder)])
+    before = describe(splits, [str(text_folder)])
     first = splits["valid"][0]
     splits["valid"][0] = Document(first.name, first.group, first.text[:-1] + "!", first.task)
-    after = data.describe(splits, [str(text_folder)])
+    after = describe(splits, [str(text_folder)])
     assert before["hash"] != after["hash"] and before["bytes"] == after["bytes"]
 
 
@@ -257,26 +275,26 @@ def test_the_description_changes_with_any_character(text_folder):
 
 
 def test_windows_are_consecutive_and_drop_only_the_rest():
-    rows = data.windows(torch.arange(23), 5)
+    rows = windows(torch.arange(23), 5)
     assert rows.shape == (4, 5) and torch.equal(rows.flatten(), torch.arange(20))
-    assert data.windows(torch.arange(3), 5).shape == (0, 5)
+    assert windows(torch.arange(3), 5).shape == (0, 5)
 
 
 def test_overlap_is_the_share_of_repeated_text():
     generator = torch.Generator().manual_seed(0)
     train, other = torch.randint(0, 500, (2, 5000), generator=generator, dtype=torch.int32)
-    assert data.overlap(train, train) == 1
-    assert data.overlap(train, other) == 0
+    assert overlap(train, train) == 1
+    assert overlap(train, other) == 0
     half = torch.cat([train[1000:2000], other[:1000]])
-    assert data.overlap(train, half) == pytest.approx(0.5, abs=0.02)
-    assert data.overlap(train, other, n=1) > 0.99  # each single token does occur
+    assert overlap(train, half) == pytest.approx(0.5, abs=0.02)
+    assert overlap(train, other, n=1) > 0.99  # each single token does occur
 
 
 # -------------------------------------------------------------------------------------- prompts
 
 
 def test_prompts_have_the_exact_length_and_are_the_same_every_time(encoding, text_folder):
-    documents = data.load_documents([str(text_folder)])["valid"]
+    documents = load_documents([str(text_folder)])["valid"]
     first, left_out = from_documents(documents, encoding, 7, length=16)
     again, _ = from_documents(list(reversed(documents)), encoding, 7, length=16)
     assert first == again and not left_out

@@ -31,11 +31,11 @@ from toys import (
     tiny_target,
 )
 
-from cli import UserError
-from show import Printer, harmless, trace_lines
+from drafts import Chain, Draft, GrowingTree, chain_shape, fixed_tree
+from plumbing.cli import UserError
+from plumbing.show import Printer, harmless, trace_lines
+from sampling import Vocabulary
 from speculate import Cycle, generate
-from tree import Draft, GrowingTree, chain, fixed_tree
-from vocabulary import Vocabulary
 
 PROMPT_LENGTHS = (1, 2, 7, 22, 23)  # of a context of 24
 GAMMAS = (1, 2, 4, 8)
@@ -75,7 +75,7 @@ def head(request, kind, layers, target, trained):
     return trained(kind, layers) if request.param == "trained" else tiny_head(kind, layers, target)
 
 
-# ---------------------------------------------------------------------------- greedy, token by token
+# ------------------------------------------------------------------------ greedy, token by token
 
 
 def test_plain_decoding_is_the_reference_loop(target, prompts):
@@ -144,7 +144,7 @@ def test_greedy_text_does_not_depend_on_the_seed(target, prompts):
 # --------------------------------------------------------- heads that know a part of the vocabulary
 
 PLANS = {
-    "chain": fixed_tree(chain(4), torch.device("cpu")),
+    "chain": Chain(4),
     "fixed tree": fixed_tree(((0,), (1,), (2,), (0, 0), (0, 1), (1, 0)), torch.device("cpu")),
     "growing tree": GrowingTree(12, 4, 3, torch.device("cpu")),
 }
@@ -446,7 +446,7 @@ def partial_head(kind, sampled_target):
 
 
 PARTIAL_PLANS = {
-    "chain": fixed_tree(chain(2), torch.device("cpu")),
+    "chain": Chain(2),
     "fixed tree": fixed_tree(((0,), (1,), (0, 0), (0, 1)), torch.device("cpu")),
     "growing tree": GrowingTree(4, 2, 3, torch.device("cpu")),
 }
@@ -457,8 +457,8 @@ PARTIAL_PLANS = {
     [
         ("chain", dict(temperature=1.0)),
         ("chain", CUT),
-        ("fixed tree", CUT),
-        ("growing tree", dict(temperature=1.0)),
+        ("fixed tree", dict(temperature=1.0)),
+        ("growing tree", CUT),
     ],
     ids=str,
 )
@@ -484,7 +484,7 @@ def test_a_q_of_the_wrong_tokens_is_seen(sampled_target, partial_head, monkeypat
 
 
 def test_a_draft_that_misreports_its_q_is_seen(sampled_target, sampled_head):
-    liar = Liar(fixed_tree(chain(2), torch.device("cpu")))
+    liar = Liar(Chain(2))
     p_value, _ = sampled(sampled_target, sampled_head, 1500, plan=liar, temperature=1.0)
     assert p_value < FALSE_ALARM
 
@@ -518,13 +518,44 @@ def test_cycles_tell_what_was_written(target, kind, temperature, prompts, traine
     assert [t for cycle in cycles for t in cycle.tokens] == result.tokens
     assert [len(cycle.tokens) for cycle in cycles[1:]] == result.produced
     for cycle in cycles:
-        n, vocab, draft = len(cycle.draft.tokens), target.config.vocab_size, cycle.draft
-        assert cycle.p.shape == (n, vocab) and (draft.q is None or draft.q.shape == (n, vocab))
-        assert (cycle.u is None) == (temperature == 0) and cycle.path[0] == 0
+        n, vocab, draft = len(cycle.draft.tokens) - 1, target.config.vocab_size, cycle.draft
+        assert (draft.q is None) == (temperature == 0 or n == 0)
+        assert draft.q is None or draft.q.shape == (n, vocab)
+        assert len(cycle.p) == len(cycle.q) == n and cycle.path[0] == 0
+        assert len(cycle.u) == (n if temperature else 0)
         assert len(cycle.tokens) == cycle.accepted + 1 == len(cycle.path)
         assert cycle.tokens[:-1] == draft.tokens[cycle.path[1:]].tolist()
-        assert all(draft.q[i, token] > 0 for i, token in enumerate(draft.tokens[1:].tolist()))
-        assert all(cycle.p[i, token] > 0 for i, token in zip(cycle.path, cycle.tokens))
+        assert all(q > 0 for q in cycle.q) and all(0 <= p <= 1 for p in cycle.p)
+        assert all(cycle.p[node - 1] > 0 for node in cycle.path[1:])
+
+
+@pytest.mark.parametrize("plan", [Chain(3), *(tree["plan"] for tree in TREES)], ids=str)
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+@pytest.mark.parametrize("knows", [(), (0, 2, 3, 5, 7, 8, 11)])
+def test_the_figures_of_a_cycle_are_those_of_target_and_head(
+    target, kind, plan, temperature, knows, prompts
+):
+    """p(x) and q(x) of every node, from passes over its own path alone: else a trace would lie."""
+    head, cycles = tiny_head(kind, 2, target, knows=knows), []
+    request = dict(head=head, plan=plan, temperature=temperature, seed=1, on_cycle=cycles.append)
+    text = [*prompts[1], *generate(target, prompts[1], 12, **request).tokens]
+    read = len(prompts[1])
+    for cycle in cycles:
+        draft, certain = cycle.draft, torch.tensor([text[: read + len(cycle.tokens)]])[:, :read]
+        for node in range(1, len(draft.tokens)):
+            path = draft.tokens[draft.shape.ancestors[node]][1:]  # down to the node itself
+            before = torch.cat([certain[0], path[:-1]])
+            p = target.lm_head(target(before[None])[0, -1]) / (temperature or 1)
+            state = head.start(64)
+            head.absorb(state, certain[:, 1:], target(certain[:, :-1]))
+            q = head.expand(state)
+            for token in path[:-1]:
+                q = head.expand(state, token[None, None])
+            q = q[0, 0] / (temperature or 1)
+            index = head.vocabulary.indices_of(path[-1])
+            assert cycle.p[node - 1] == pytest.approx(p.softmax(-1)[path[-1]].item(), rel=1e-4)
+            assert cycle.q[node - 1] == pytest.approx(q.softmax(-1)[index].item(), rel=1e-4)
+        read += len(cycle.tokens)
 
 
 def test_times_add_up(target, prompts):
@@ -628,7 +659,7 @@ LETTERS = spelt([bytes([ord("a") + i]) for i in range(10)])
 
 
 def verdicts(lines: list[str]) -> list[str]:
-    return [re.search(r"(accept|REJECT|not tried|dropped)", line)[0] for line in lines]
+    return [re.search(r"(accept|REJECT|dropped)", line)[0] for line in lines]
 
 
 def test_the_trace_gives_each_verdict():
@@ -649,17 +680,16 @@ def test_the_trace_of_a_tree_shows_every_branch():
     assert [line.index("'") for line in drafted] == [2, 4, 2, 4]
 
 
-def test_the_trace_shows_the_p_and_q_that_a_sampled_sibling_was_judged_by():
-    """After a rejection they are the residual and what is left of q, not those of the model."""
-    tree = fixed_tree(((0,), (1,), (2,)), torch.device("cpu"))
-    p, q = torch.tensor([[0.5, 0.5, 0.0]]), torch.tensor([[0.9, 0.1, 0.0]])
-    draft = Draft(torch.tensor([0, 0, 1, 2]), tree.shape, q.expand(4, 3))
-    u, seconds = torch.tensor([0.6, 0.3, 0.9, 0.5]), dict.fromkeys(("draft", "verify", "other"), 0)
-    cycle = Cycle([1, 0], 1, draft, [0, 2], p.expand(4, 3), u, seconds)
-    _, *drafted, _ = trace_lines(1, cycle, LETTERS)
-    assert verdicts(drafted) == ["REJECT", "accept", "not tried"]
-    assert re.search(r"p 0\.500  q 0\.900  u 0\.600", drafted[0])
-    assert re.search(r"p 1\.000  q 1\.000  u 0\.300", drafted[1])
+def test_the_trace_shows_the_p_q_and_u_that_a_drawn_token_was_judged_by():
+    draft = Draft(torch.tensor([0, 1, 2, 3]), chain_shape(3, torch.device("cpu")))
+    seconds = dict.fromkeys(("draft", "verify", "other"), 0)
+    figures = [0.5, 0.1, 0.0], [0.9, 0.4, 1.0], [0.3, 0.6, 0.9]
+    cycle = Cycle([1, 0], draft, [0, 1], *figures, seconds)
+    _, *drafted, last = trace_lines(1, cycle, LETTERS)
+    assert verdicts(drafted) == ["accept", "REJECT", "dropped"]
+    assert re.search(r"p 0\.500  q 0\.900  u 0\.300  accept: u < p / q", drafted[0])
+    assert re.search(r"p 0\.100  q 0\.400  u 0\.600  REJECT: u >= p / q", drafted[1])
+    assert "residual" in last
 
 
 def test_the_trace_of_a_cycle_that_a_stop_token_ends():

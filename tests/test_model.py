@@ -12,16 +12,16 @@ from pathlib import Path
 import pytest
 import torch
 from torch.nn import functional as F
-from toys import draft_chain, whole_batch
+from toys import draft_chain, logits_of, whole_batch
 
-import cli
-import model
-from cli import UserError
 from draft_head import HeadConfig, build_head
-from model import GPT, GPTConfig, KVCache, fingerprint, load_checkpoint, load_target, save_target
-from runs import load_head, save_head
-from tree import plan_draft
-from vocabulary import Vocabulary
+from drafts import plan_draft
+from model import GPT, GPTConfig, KVCache
+from plumbing import files
+from plumbing.cli import UserError
+from plumbing.files import load_checkpoint
+from sampling import Vocabulary
+from targets.runs import fingerprint, load_head, load_target, save_head, save_target
 
 CONFIG = GPTConfig(
     vocab_size=50, context=24, num_layers=2, width=24, num_heads=4, num_kv_heads=2, mlp_width=40
@@ -188,7 +188,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(saved, monkeypatch,
             args[1].write(b"half of it")
         raise error
 
-    monkeypatch.setattr(model.torch if at == "save" else cli.os, at, fail)
+    monkeypatch.setattr(files.torch if at == "save" else files.os, at, fail)
     with pytest.raises(UserError, match="cannot write.*disk full"):
         save_target(saved, new_target(seed=1), {}, {})
     assert saved.read_bytes() == before
@@ -202,7 +202,7 @@ def test_an_interrupted_write_leaves_the_old_file_and_nothing_else(saved, monkey
         file.write(b"half of it")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(model.torch, "save", interrupt)
+    monkeypatch.setattr(files.torch, "save", interrupt)
     with pytest.raises(KeyboardInterrupt):
         save_target(saved, new_target(seed=1), {}, {})
     assert saved.read_bytes() == before and list(saved.parent.iterdir()) == [saved]
@@ -363,8 +363,8 @@ def test_the_training_form_is_the_decoding_form(kind, own_steps, layers, float64
     target, tokens = new_target(), some_tokens(2, 13)
     head, batch = new_head(kind, target, layers), whole_batch(target, tokens)
     guess = head(batch, own_steps)
-    assert len(guess.logits) == (4 if kind == "medusa" else own_steps)
-    logits = [rows.unflatten(0, (2, -1)) for rows in guess.logits]  # (B, T - i, V)
+    assert len(logits_of(guess)) == (4 if kind == "medusa" else own_steps)
+    logits = [rows.unflatten(0, (2, -1)) for rows in logits_of(guess)]  # (B, T - i, V)
     compared = 0
     for length in range(1, 12):
         state = head.start(CONFIG.context, batch=2)
@@ -448,7 +448,7 @@ def test_a_head_comes_back_as_it_was_saved_for_its_own_target_only(kind, tmp_pat
     loaded = load_head(path, target)
     batch = whole_batch(target, some_tokens(1, 9))
     assert loaded.config == head.config and loaded.training_record == {"name": kind}
-    for one, other in zip(loaded(batch).logits, head(batch).logits):
+    for one, other in zip(logits_of(loaded(batch)), logits_of(head(batch))):
         assert torch.equal(one, other)
     assert not loaded.training and not any(p.requires_grad for p in loaded.parameters())
     with pytest.raises(UserError, match="trained for another target"):
@@ -476,25 +476,25 @@ def test_a_draft_vocabulary_holds_the_most_frequent_tokens_in_order():
     assert vocabulary.tokens.tolist() == list(range(8))  # of equals the first: for ever the same
 
 
-def test_names_and_places_of_tokens_agree():
+def test_tokens_and_their_indices_agree():
     vocabulary, _ = some_vocabulary()
     known = vocabulary.tokens
-    assert torch.equal(vocabulary.names(torch.arange(8)), known)
+    assert torch.equal(vocabulary.tokens_at(torch.arange(8)), known)
     every = torch.arange(50).view(5, 10)
-    places = vocabulary.places(every)
-    assert torch.equal(places >= 0, torch.isin(every, known)) and places.shape == every.shape
-    assert torch.equal(vocabulary.names(places[places >= 0]), known)
-    assert (places[~torch.isin(every, known)] == -1).all()
+    indices = vocabulary.indices_of(every)
+    assert torch.equal(indices >= 0, torch.isin(every, known)) and indices.shape == every.shape
+    assert torch.equal(vocabulary.tokens_at(indices[indices >= 0]), known)
+    assert (indices[~torch.isin(every, known)] == -1).all()
 
 
-def test_rows_and_laws_of_tokens_agree_with_their_names():
+def test_rows_and_laws_of_tokens_agree_with_their_indices():
     vocabulary, _ = some_vocabulary()
     weight, q = torch.randn(50, 6), torch.rand(3, 8).softmax(-1)
     whole = vocabulary.spread(q)
     assert whole.shape == (3, 50) and whole.dtype == q.dtype
-    for place, token in enumerate(vocabulary.names(torch.arange(8)).tolist()):
-        assert torch.equal(vocabulary.rows(weight)[place], weight[token])
-        assert torch.equal(whole[:, token], q[:, place])
+    for index, token in enumerate(vocabulary.tokens_at(torch.arange(8)).tolist()):
+        assert torch.equal(vocabulary.rows(weight)[index], weight[token])
+        assert torch.equal(whole[:, token], q[:, index])
     torch.testing.assert_close(whole.sum(-1), torch.ones(3))
 
 
@@ -502,8 +502,8 @@ def test_a_whole_vocabulary_changes_nothing():
     vocabulary, tokens = Vocabulary(0, new_target()), some_tokens(3, 4)
     vocabulary.choose(torch.rand(50))
     weight, q = torch.randn(50, 6), torch.rand(3, 50)
-    assert torch.equal(vocabulary.names(tokens), tokens)
-    assert torch.equal(vocabulary.places(tokens), tokens)
+    assert torch.equal(vocabulary.tokens_at(tokens), tokens)
+    assert torch.equal(vocabulary.indices_of(tokens), tokens)
     assert torch.equal(vocabulary.rows(weight), weight) and torch.equal(vocabulary.spread(q), q)
     assert not vocabulary.state_dict()  # nothing to be saved
 
@@ -521,7 +521,7 @@ def vocabulary_head(kind: str, target: GPT, size: int = 8):
 def test_a_head_of_few_tokens_is_the_whole_head_at_their_places(kind, float64):
     target, batch = new_target(), whole_batch(new_target(), some_tokens(2, 9))
     few, whole = vocabulary_head(kind, target), vocabulary_head(kind, target, size=0)
-    for one, other in zip(few(batch).logits, whole(batch).logits):
+    for one, other in zip(logits_of(few(batch)), logits_of(whole(batch))):
         assert one.shape[-1] == 8
         torch.testing.assert_close(one, other[:, torch.arange(50) % 6 == 1][:, :8])
     if kind == "medusa":  # this is where it is cheaper
@@ -536,7 +536,7 @@ def test_a_draft_vocabulary_is_saved_with_its_head(kind, tmp_path):
     loaded = load_head(tmp_path / "head.pt", target)
     assert torch.equal(loaded.vocabulary.tokens, head.vocabulary.tokens)
     assert loaded.vocabulary.tokens.tolist() == list(range(1, 44, 6))
-    for one, other in zip(loaded(batch).logits, head(batch).logits):
+    for one, other in zip(logits_of(loaded(batch)), logits_of(head(batch))):
         assert torch.equal(one, other)
 
 

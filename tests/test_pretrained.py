@@ -17,19 +17,18 @@ import torch
 from toys import FORM, LACKING, MERGES, SPECIAL, chat_tokenizer
 
 import bench
-import pretrained
 import speculate
 import train
-from cli import UserError
-from data import Document, build_encoding, encode, encode_prompt, tokenize
-from features import Text
-from model import load_target
-from pretrained import PACKAGED, find_source, import_target
-from pretrained_bpe import DIGITS, GPT2
+from plumbing.cli import UserError
 from recipe import HEADS as TRAINED
 from recipe import TrainConfig
-from runs import load, load_head
 from speculate import generate
+from targets import pretrained
+from targets.bpe import build_encoding, encode, encode_prompt, tokenize
+from targets.pretrained import PACKAGED, find_source, import_target
+from targets.runs import load, load_head, load_target
+from targets.text import read_text
+from targets.tokenizers import DIGITS, GPT2
 
 gguf = pytest.importorskip("gguf")
 safetensors = pytest.importorskip("safetensors.torch")
@@ -532,29 +531,26 @@ def test_a_missing_package_is_named_with_the_way_to_it(source, package, tmp_path
 
 # ----------------------------------------------------------------------------- from end to end
 
+# Forty texts of sixty tokens, and ten steps on two of them each.
+SMALL = "--device cpu --dtype float32 --target_context 128 --head_window 60 --batch_tokens 120"
+SMALL = f"{SMALL} --written_tokens 2400 --head_tokens 1200".split()
+COMMANDS = [], ["--head", "medusa"], ["--head", "medusa-koala"]  # EAGLE's heads, then one each
+
 
 @pytest.fixture(scope="module")
 def chat_run(tmp_path_factory) -> tuple[Path, list[str]]:
     """A run of train.py on a GGUF file, as a user would type it: (folder, flags)."""
     folder = tmp_path_factory.mktemp("pretrained")
     Gguf().write(folder / "tiny.gguf")
-    flags = (
-        "--device cpu --dtype float32 --context 128 --window 60 --batch_tokens 120 --minutes 0.02"
-    )
-    flags += " --draft_vocab 60 --discriminator_steps 2"
-    flags = [
-        "--target",
-        str(folder / "tiny.gguf"),
-        "--out_dir",
-        str(folder / "run"),
-        *flags.split(),
-    ]
+    flags = ["--target", str(folder / "tiny.gguf"), "--out_dir", str(folder / "run"), *SMALL]
+    flags += ["--draft_vocab", "60", "--discriminator_steps", "2"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("selfwritten.ON_CPU", 40)
-        patch.setattr("selfwritten.TURN_TOKENS", 12)
-        patch.setattr("selfwritten.BEGINNINGS", ("Why", "Add"))
-        patch.setattr(sys, "argv", ["train.py", *flags])
-        train.main()
+        patch.setattr("targets.written.ON_CPU", 40)
+        patch.setattr("targets.written.TURN_TOKENS", 12)
+        patch.setattr("targets.written.BEGINNINGS", ("Why", "Add"))
+        for only in COMMANDS:
+            patch.setattr(sys, "argv", ["train.py", *flags, *only])
+            train.main()
     return folder / "run", flags
 
 
@@ -564,15 +560,18 @@ def test_heads_of_a_pretrained_target_learn_from_its_own_answers(chat_run):
     for name in TRAINED:
         head = load_head(folder / f"{name}.pt", target)
         assert len(head.vocabulary.tokens) == 60
-        assert len(head.training_record["rounds"]) == 1 and head.training_record["valid"]
+        record = head.training_record
+        assert record["settings"]["head_data"] == "self" and record["valid"]
+        assert record["windows"] == 38 and record["steps"] == 10  # two texts are held out
     assert (folder / "training.png").is_file() and (folder / "heads.md").is_file()
 
 
 def test_the_same_command_finds_a_pretrained_run_complete(chat_run, call):
     _, flags = chat_run
-    status, out, err = call(train.main, *flags)
-    assert status == 0 and "target: imported already" in out, err
-    assert out.count("trained already") == 4
+    for only in COMMANDS:
+        status, out, err = call(train.main, *flags, *only)
+        assert status == 0 and "target: there already" in out, err
+        assert out.count("trained already") == (1 if only else 2)
 
 
 def test_another_pretrained_target_is_not_taken_for_the_one_in_the_folder(chat_run, call):
@@ -598,11 +597,10 @@ def test_heads_of_a_target_without_a_chat_format_learn_from_how_it_goes_on(
 ):
     """From passages of the default text, which is another one here for the sake of time."""
     Gguf(template=None).write(tmp_path / "tiny.gguf")
-    monkeypatch.setattr("selfwritten.ON_CPU", 40)
-    monkeypatch.setattr(train, "Text", lambda paths, *about: Text([str(text_folder)], *about))
+    monkeypatch.setattr("targets.written.ON_CPU", 40)
+    monkeypatch.setattr("targets.written.read_text", lambda *_: read_text([str(text_folder)], ()))
     flags = ["--target", tmp_path / "tiny.gguf", "--out_dir", tmp_path / "run", "--head", "eagle"]
-    flags += ["--device", "cpu", "--dtype", "float32", "--context", "128", "--window", "60"]
-    status, out, err = call(train.main, *flags, "--batch_tokens", "120", "--minutes", "0.02")
+    status, out, err = call(train.main, *flags, *SMALL)
     assert status == 0 and "40 texts of 60 tokens" in out, err
     assert (tmp_path / "run" / "eagle.pt").is_file()
     status, _, err = call(bench.main, "--out_dir", tmp_path / "run")
@@ -648,7 +646,7 @@ BLANKS = ["a  12", "a 1", "a   1  b", "1 2", "\n\n 7", "x\t\t3", "  ", "12  ", "
 
 
 def pieces(text: str) -> list[str]:
-    """Digits first, one by one, then GPT-2's pattern on each part between: two steps, as trained."""
+    """Digits first, one by one, then GPT-2's pattern on each part between: in two steps."""
     parts = regex.split(r"(\p{N})", text)
     return [
         piece
@@ -689,5 +687,5 @@ def test_bytes_that_the_vocabulary_lacks_are_left_out():
         tokens = encode(encoding, text)
         assert all(token < len(PLAIN) for token in tokens)
         assert encoding.decode_bytes(tokens) == bytes(b for b in text if b not in LACKING)
-    row = tokenize(encoding, [Document("code", "a", "a\x00b\x01")])
+    row = tokenize(encoding, ["a\x00b\x01"])
     assert encoding.decode(row.tolist()) == "ab<|endoftext|>"

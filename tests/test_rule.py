@@ -14,8 +14,9 @@ import pytest
 import torch
 from toys import FALSE_ALARM, chi_square_p_value, random_tables, rest_of, verdicts
 
-from sampling import BLOCK, LAST_BELOW_1, distribution, sample, sample_many
-from speculate import acceptance_probability, residual, verify
+from sampling import LAST_BELOW_1, acceptance_probability, distribution, residual, sample
+from speculate import verify
+from targets.written import BLOCK, sample_many
 
 SAMPLING = {
     "plain": dict(temperature=1.0),

@@ -1,8 +1,8 @@
 """What a target writes for its heads to learn from: the right tokens, with the right states.
 
 A head that is held to the user's questions, or learns from states that are one token off, still
-learns something, and only drafts worse than it could. And an hour of writing that an interrupt spoils, or
-that is read back as what another target wrote, would be believed all the same.
+learns something, and only drafts worse than it could. And an hour of writing that an interrupt
+spoils, or that is read back as what another target wrote, would be believed all the same.
 """
 
 from types import SimpleNamespace
@@ -11,12 +11,11 @@ import pytest
 import torch
 from toys import FALSE_ALARM, SPECIAL, chat_tokenizer, chi_square_p_value, tiny_target
 
-import selfwritten
-from chat import Chat
-from cli import UserError
-from data import build_encoding
+from plumbing.cli import UserError
 from sampling import distribution
-from selfwritten import (
+from targets.bpe import build_encoding
+from targets.chat import Chat
+from targets.written import (
     ASKING,
     CONTINUING,
     HELD_OUT,
@@ -27,7 +26,8 @@ from selfwritten import (
     Conversations,
     Turns,
     Written,
-    news,
+    not_repeated,
+    self_written,
     write,
     write_until,
 )
@@ -49,8 +49,8 @@ def generator(seed: int = 0) -> torch.Generator:
 @pytest.fixture(autouse=True)
 def free_questions(monkeypatch):
     """But where a test says so, we write no first words."""
-    monkeypatch.setattr(selfwritten, "FREE", 1.0)
-    monkeypatch.setattr(selfwritten, "BEGINNINGS", ())
+    monkeypatch.setattr("targets.written.FREE", 1.0)
+    monkeypatch.setattr("targets.written.BEGINNINGS", ())
 
 
 # --------------------------------------------------------------------------------- whose turn it is
@@ -107,9 +107,10 @@ def test_the_length_of_a_turn_is_its_own():
 
 def test_questions_begin_with_words_of_ours_or_freely(monkeypatch):
     """First questions and later ones; that many of them freely, the others in every way."""
-    monkeypatch.setattr(selfwritten, "FREE", 0.25)
-    monkeypatch.setattr(selfwritten, "BEGINNINGS", ("Why", "Sum it up: ", "How"))
-    ways = [(), *(tuple(CHAT.tokens([(words, False)])) for words in selfwritten.BEGINNINGS)]
+    monkeypatch.setattr("targets.written.FREE", 0.25)
+    beginnings = ("Why", "Sum it up: ", "How")
+    monkeypatch.setattr("targets.written.BEGINNINGS", beginnings)
+    ways = [(), *(tuple(CHAT.tokens([(words, False)])) for words in beginnings)]
     turns = Turns(CHAT, 1000, CPU, generator())
     # Each turn is one token and its end, whatever we write before.
     rows = [turns.next(torch.where(turns.said == 0, SAID, STOP))[0] for _ in range(150)]
@@ -168,7 +169,7 @@ def test_the_states_kept_are_those_that_each_token_was_chosen_from(chatting):
 
 @pytest.mark.parametrize("chatting", [True, False])
 def test_each_token_is_a_sample_of_the_targets_law_at_its_temperature(chatting):
-    """By the share of the law that lies below it: uniform, if state, law and token belong together."""
+    """By the share of the law below it: uniform, if state, law and token belong together."""
     target, length, count = chat_target(), 100, 1000
     opening = torch.tensor([CHAT.opening] * count) if chatting else torch.full((count, 1), 9)
     turns = Turns(CHAT, count, CPU, generator()) if chatting else Continuations(count, CPU)
@@ -177,7 +178,7 @@ def test_each_token_is_a_sample_of_the_targets_law_at_its_temperature(chatting):
     tokens, learn, _ = write(target, opening, length, turns, banned, generator(1))
     logits = target.lm_head(target(tokens[:, :-1].long())).float()
     logits[..., banned] = -torch.inf
-    p = distribution(logits / turns.heat[:, None, None], temperature=1.0)
+    p = distribution(logits / turns.temperature[:, None, None], temperature=1.0)
     p, token = p[learn[:, 1:]], tokens[:, 1:][learn[:, 1:]].long()
     assert len(token) > 1000 and set(token.tolist()) == set(few)
     # Where the token fell in the cumulated law, somewhere in its own share of it: a uniform number.
@@ -202,14 +203,13 @@ def test_a_text_ends_in_the_middle_of_our_words_too():
 
 @pytest.fixture
 def few_at_once(monkeypatch):
-    monkeypatch.setattr(selfwritten, "ON_CPU", 6)
+    monkeypatch.setattr("targets.written.ON_CPU", 6)
 
 
 def written_in(folder, chat, batches: int) -> Conversations:
     written = Conversations(folder, {"target": "t", "length": 50, "width": 16, "seed": 5})
     openings = None if chat else torch.arange(40, 130).view(18, 5)
-    enough = lambda tokens, seconds: tokens >= 6 * 50 * batches  # noqa: E731
-    write_until(written, chat_target(), ENCODING, chat, openings, enough)
+    write_until(written, chat_target(), ENCODING, chat, openings, 6 * 50 * batches)
     return written
 
 
@@ -225,12 +225,19 @@ def test_writing_goes_on_where_it_stopped_as_if_it_had_not(tmp_path, few_at_once
     assert whole.learn.any()
 
 
+def test_writing_ends_with_the_batch_that_reaches_the_amount(tmp_path, few_at_once):
+    """Openings count as well; texts that are there already are not written again, nor removed."""
+    for amount, count in ((1, 6), (6 * 50, 6), (6 * 50 + 1, 12), (1, 12)):
+        written = Conversations(tmp_path, {"target": "t", "length": 50, "width": 16, "seed": 5})
+        write_until(written, chat_target(), ENCODING, CHAT, None, amount)
+        assert written.count == count, amount
+
+
 def test_a_text_that_is_begun_again_is_held_out_again_or_never(tmp_path, few_at_once):
     """Nearly greedy texts from one opening are nearly the same."""
     written = Conversations(tmp_path, {"target": "t", "length": 12, "width": 16, "seed": 5})
     openings = torch.arange(50)[:, None].expand(-1, 5) + 10  # two and a half times HELD_OUT
-    enough = lambda tokens, seconds: tokens >= 12 * 120  # noqa: E731
-    write_until(written, chat_target(), ENCODING, None, openings, enough)
+    write_until(written, chat_target(), ENCODING, None, openings, 12 * 120)
     begun, held_out = written.tokens[:, 0].tolist(), torch.arange(120) % HELD_OUT == 0
     held = {token for token, out in zip(begun, held_out) if out}
     assert len(set(begun)) < 120  # some came again
@@ -239,7 +246,7 @@ def test_a_text_that_is_begun_again_is_held_out_again_or_never(tmp_path, few_at_
 
 def test_writing_takes_half_of_the_disk_at_most(tmp_path, few_at_once, monkeypatch, capsys):
     free = SimpleNamespace(free=6 * 50 * 16 * 2)  # less than a batch of hidden states and tokens
-    monkeypatch.setattr(selfwritten.shutil, "disk_usage", lambda folder: free)
+    monkeypatch.setattr("targets.written.shutil.disk_usage", lambda folder: free)
     assert (
         written_in(tmp_path, CHAT, 3).count == 6 and "half of the room" in capsys.readouterr().out
     )
@@ -257,8 +264,8 @@ def test_a_window_without_room_for_a_question_is_refused(tmp_path, few_at_once):
     for length in (len(CHAT.opening) - 1, len(CHAT.opening)):
         about = {"target": "t", "length": length, "width": 16, "seed": 5}
         written = Conversations(tmp_path / str(length), about)
-        with pytest.raises(UserError, match="window"):
-            write_until(written, chat_target(), ENCODING, CHAT, None, lambda count, _: count > 0)
+        with pytest.raises(UserError, match="--head_window .* too small"):
+            write_until(written, chat_target(), ENCODING, CHAT, None, 1)
 
 
 # ------------------------------------------------------------------------------------ on disk
@@ -345,11 +352,11 @@ def test_a_damaged_index_is_refused(tmp_path, index):
 def test_a_loop_is_news_in_its_first_round_alone():
     word = list(range(LOOP))  # the shortest loop that can be one
     text = [90, *word, 91, *word, *word[:3], 92, 93]
-    marks = news(torch.tensor([text, list(range(len(text)))]))
+    marks = not_repeated(torch.tensor([text, list(range(len(text)))]))
     # Back at the word's end all of it was there before; what follows was not.
     assert [i for i, new in enumerate(marks[0].tolist()) if not new] == [2 * LOOP + 1]
     assert marks[1].all()
-    short = news(torch.tensor([[1, 2] * LOOP]))[0].tolist()
+    short = not_repeated(torch.tensor([[1, 2] * LOOP]))[0].tolist()
     assert short == [i < LOOP + 1 for i in range(2 * LOOP)]  # a run's first, and one a token later
 
 
@@ -393,3 +400,63 @@ def test_tokens_are_counted_where_they_are_to_be_learnt(tmp_path):
     kept = [i for i in range(41) if i % 20]
     expected = tokens[kept][learn[kept]].long().bincount(minlength=50)
     assert torch.equal(learnt.counts(), expected) and expected.sum() < tokens[kept].numel()
+
+
+class Passages:
+    """A text of which only the training part may be continued: row i is token 60 + i all along."""
+
+    def windows(self, split: str, length: int) -> torch.Tensor:
+        assert split == "train"
+        return (60 + torch.arange(40, dtype=torch.int32))[:, None].expand(-1, length)
+
+
+@pytest.mark.parametrize("form", ["chat", "text", "text with a token that begins it"])
+def test_heads_learn_from_a_part_of_the_texts_and_the_rest_is_held_out(tmp_path, form, few_at_once):
+    """A window in both parts would flatter the head; states of another pass would mislead it."""
+    tokenizer = chat_tokenizer() if form == "chat" else chat_tokenizer(None)
+    tokenizer |= {"begin": 5} if "begins" in form else {}
+    target, about = chat_target(), {"fingerprint": "f", "tokenizer": tokenizer}
+    text = None if form == "chat" else Passages()
+    amounts = 50, 30 * 50, 7, torch.float32
+    learnt, held = self_written(tmp_path, target, about, text, *amounts)
+    assert target.embed.weight.dtype == torch.float64
+    assert (len(learnt), len(held)) == (28, 2)
+    numbers = learnt.numbers.tolist() + held.numbers.tolist()
+    assert sorted(numbers) == list(range(30))
+    for part in (learnt, held):
+        tokens, hidden, learn = part.batch(torch.arange(len(part)))
+        torch.testing.assert_close(hidden, target(tokens[:, :-1]), rtol=2e-3, atol=2e-3)
+        assert learn.any()
+        if form == "chat":
+            assert tokens[:, : len(CHAT.opening)].tolist() == [CHAT.opening] * len(part)
+            continue
+        begin = [5] if "begins" in form else []
+        assert tokens[:, : len(begin)].tolist() == [begin] * len(part)
+        opening = tokens[:, len(begin) : 25]  # half a window, what begins it included
+        assert (opening == opening[:, :1]).all() and (opening[:, 0] >= 60).all()
+        assert not learn[:, :25].any() and learn[:, 25].all()
+    again, _ = self_written(tmp_path, target, about, text, *amounts)
+    assert torch.equal(again.windows, learnt.windows)
+
+
+@pytest.mark.parametrize(
+    "name, values",
+    [
+        ("target", ("g", 50, 7, torch.float32)),
+        ("length", ("f", 40, 7, torch.float32)),
+        ("seed", ("f", 50, 8, torch.float32)),
+        ("dtype", ("f", 50, 7, torch.bfloat16)),
+    ],
+)
+def test_heads_do_not_learn_from_what_was_written_in_another_way(
+    tmp_path, name, values, few_at_once
+):
+    """By another target above all: the head would learn to guess another model's states."""
+
+    def write_by(fingerprint: str, length: int, seed: int, dtype) -> None:
+        about = {"fingerprint": fingerprint, "tokenizer": chat_tokenizer()}
+        self_written(tmp_path, chat_target(), about, None, length, 300, seed, dtype)
+
+    write_by("f", 50, 7, torch.float32)
+    with pytest.raises(UserError, match=f"was written with {name} "):
+        write_by(*values)

@@ -14,12 +14,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch.nn import functional as F
-from toys import OWN_STEPS, game_setting, gradients, whole_vocabulary
+from toys import OWN_STEPS, game_setting, gradients, in_training, logits_of, whole_vocabulary
 
-from cli import UserError
 from discriminator import (
     Discriminator,
-    acceptance,
     adversarial_loss,
     discriminator_loss,
     exact_logits,
@@ -27,12 +25,17 @@ from discriminator import (
     jensen_shannon,
 )
 from draft_head import Guess, HeadConfig, build_head
-from features import DRAFT_POSITIONS, HEATS, Features, bits_per_byte, measure_acceptance, spread
-from game import Game, lk_loss
-from head_training import HeadTraining
+from drafts import DRAFT_POSITIONS, measure_acceptance
 from model import GPT, GPTConfig
+from plumbing.cli import UserError
+from plumbing.machine import Autocast
+from plumbing.progress import batch_indices, is_due, schedule
 from recipe import TrainConfig
-from stage import Autocast, batch_indices, is_due, schedule
+from sampling import acceptance, probabilities
+from study.ablation import TEMPERATURES, alpha_by_temperature
+from targets.features import Features, evenly
+from targets.small import bits_per_byte
+from train import new_training
 
 # ------------------------------------------------------------------------- the discriminator
 
@@ -126,7 +129,9 @@ def test_a_new_discriminator_is_undecided_and_owns_no_lm_head():
     judge = Discriminator(lm_head, num_positions=4, hidden=16)
     states = torch.randn(2, 3, 8)
     for position in range(4):
-        assert torch.equal(judge(states, states, position), torch.zeros(2, 3, 40))
+        assert torch.equal(
+            judge.score(judge.context(states, states, position)), torch.zeros(2, 3, 40)
+        )
     tensors = [*judge.parameters(), *judge.state_dict().values()]
     assert not [t for t in tensors if t.data_ptr() == lm_head.data_ptr() or 40 in t.shape]
 
@@ -147,22 +152,6 @@ def test_the_cosine_compares_what_the_game_teaches_with_what_is_wanted():
     assert health(-exact_logits(p, q), p, q)["cosine"] < -0.2
 
 
-def test_the_lk_loss_leads_from_divergence_to_acceptance():
-    p, q = two_laws(size=1.0)
-    z = q.log().requires_grad_()
-    alpha = [min(a, b) for a, b in zip(p.flatten().tolist(), q.flatten().tolist())]
-    alpha = torch.tensor(alpha, dtype=p.dtype).view_as(p).sum(-1)
-    divergence = (p * (p / q).log()).sum(-1)
-    w = (-3 * alpha).exp()
-    loss = lk_loss(z, p)
-    assert loss.item() == pytest.approx((w * divergence + (1 - w) * (1 - alpha)).mean().item())
-    held = (w * (p * (p.log() - z.log_softmax(-1))).sum(-1)).mean()
-    held = held - ((1 - w) * torch.minimum(p, z.softmax(-1)).sum(-1)).mean()
-    for one, other in zip(torch.autograd.grad(loss, z), torch.autograd.grad(held, z)):
-        torch.testing.assert_close(one, other)
-    assert lk_loss(p.log(), p).item() == pytest.approx(0, abs=1e-9)
-
-
 def test_a_wider_head_has_a_wider_mlp_and_nothing_else():
     config = GPTConfig(40, 16, num_layers=1, width=16, num_heads=2, num_kv_heads=2, mlp_width=16)
     target = GPT(config)
@@ -181,13 +170,16 @@ def test_a_wider_head_has_a_wider_mlp_and_nothing_else():
 @pytest.mark.parametrize("kind", ["medusa", "eagle"])
 def test_lambda_0_is_supervised_training(kind):
     target, head, judge, batch = game_setting(kind)
-    game = Game(target, head, judge)
+    training = in_training(target, head, judge)
     guess = head(batch, OWN_STEPS)
-    supervised, adversarial = game.head_loss(guess, batch), game.head_loss(guess, batch, 0.0, 1.0)
+    supervised, adversarial = (
+        training.head_loss(guess, batch),
+        training.head_loss(guess, batch, 0.0, 1.0),
+    )
     alone, without = gradients(head, supervised), gradients(head, supervised + 0.0 * adversarial)
     assert all(torch.equal(a, b) for a, b in zip(alone, without))
     assert any(g.abs().max() > 1e-4 for g in gradients(head, adversarial))  # it would matter
-    both = gradients(head, game.head_loss(guess, batch, 1.0, 0.3))
+    both = gradients(head, training.head_loss(guess, batch, 1.0, 0.3))
     for one, other in zip(both, gradients(head, supervised + 0.3 * adversarial)):
         torch.testing.assert_close(one, other)
 
@@ -197,8 +189,8 @@ def test_lambda_0_is_supervised_training(kind):
 def test_a_heads_step_changes_neither_target_nor_discriminator(kind, closed_form):
     target, head, judge, batch = game_setting(kind)
     target.requires_grad_(True)  # even then
-    game = Game(target, head, None if closed_form else judge)
-    game.head_loss(head(batch, OWN_STEPS), batch, 1.0, 1.0).backward()
+    training = in_training(target, head, None if closed_form else judge)
+    training.head_loss(head(batch, OWN_STEPS), batch, 1.0, 1.0).backward()
     assert all(w.grad is None for w in [*target.parameters(), *judge.parameters()])
     assert any(w.grad is not None and w.grad.abs().max() > 0 for w in head.parameters())
 
@@ -207,8 +199,8 @@ def test_a_heads_step_changes_neither_target_nor_discriminator(kind, closed_form
 def test_the_discriminators_step_changes_neither_target_nor_head(kind):
     target, head, judge, batch = game_setting(kind)
     target.requires_grad_(True)
-    game = Game(target, head, judge)
-    game.discriminator_loss(head(batch, OWN_STEPS), batch).backward()
+    training = in_training(target, head, judge)
+    training.d_loss(head(batch, OWN_STEPS).detach(), batch).backward()
     assert all(w.grad is None for w in [*target.parameters(), *head.parameters()])
     assert judge.judge.weight.grad.abs().max() > 0
 
@@ -217,27 +209,30 @@ def test_the_discriminators_step_changes_neither_target_nor_head(kind):
 def test_a_guess_is_compared_with_the_targets_law_for_the_same_token(kind):
     """A head that knew the target's next states would be indistinguishable from it."""
     target, head, _, batch = game_setting(kind)
-    game = Game(target, head, None)
+    training = in_training(target, head)
     guess = head(batch, OWN_STEPS)
     places = range(1, len(guess.states) + 1)
     assert len(places) == (4 if kind == "medusa" else OWN_STEPS)
     states = [batch.rows(batch.hidden[:, i:], i) for i in places]
     perfect = Guess(states, [target.lm_head.weight] * len(places))
-    assert [x.shape for x in perfect.logits] == [x.shape for x in guess.logits]
-    laws = [game.law(after) for *_, (_, _, after, _), _ in game.positions(guess, batch)]
+    assert [x.shape for x in logits_of(perfect)] == [x.shape for x in logits_of(guess)]
+    laws = [
+        probabilities(after, training.lm_head)
+        for *_, (_, _, after, _), _ in training.positions(guess, batch)
+    ]
     for i, p in zip(places, laws):  # to be learnt, and with a state to guess from, `i` before
         assert len(p) == batch.learn[:, i + 1 :].sum()
-        torch.testing.assert_close(p, perfect.logits[i - 1].softmax(-1))
-    figures = game.health(perfect, batch)
+        torch.testing.assert_close(p, logits_of(perfect)[i - 1].softmax(-1))
+    figures = training.health(perfect, batch)
     assert figures["d_accuracy_bound"] == pytest.approx(0.5, abs=1e-5)
     assert figures["d_loss"] == pytest.approx(2 * math.log(2), abs=1e-5)
     if kind == "eagle":  # SmoothL1 = 0 then, and the cross entropy is the target's own entropy
         entropy = sum(0.8**i * -(p * p.log()).sum(-1).mean() for i, p in enumerate(laws))
-        torch.testing.assert_close(game.head_loss(perfect, batch), 0.1 * entropy)
+        torch.testing.assert_close(training.head_loss(perfect, batch), 0.1 * entropy)
     else:  # equation 1 of Medusa, on logits that spell the text
         labels = [batch.tokens[:, i + 1 :][batch.learn[:, i + 1 :]] for i in places]
         spelled = [100.0 * F.one_hot(label, 40).float() for label in labels]
-        loss = game.head_loss(Guess(spelled, [torch.eye(40)] * len(places)), batch)
+        loss = training.head_loss(Guess(spelled, [torch.eye(40)] * len(places)), batch)
         assert loss.item() == pytest.approx(0, abs=1e-6)
 
 
@@ -252,10 +247,11 @@ def test_the_discriminator_sees_the_state_guessed_from_and_the_one_guessed_for(k
             return super().context(before, after, position)
 
     judge.__class__ = Recorder
-    game, guess = Game(target, head, judge), head(batch, OWN_STEPS)
-    for look in (game.discriminator_loss, partial(game.head_loss, adversarial=1.0), game.health):
+    training, guess = in_training(target, head, judge), head(batch, OWN_STEPS)
+    looks = training.d_loss, partial(training.head_loss, adv=1.0), training.health
+    for look in looks:
         seen.clear()
-        look(guess, batch)
+        look(guess.detach(), batch)
         assert len(seen) == (4 if kind == "medusa" else OWN_STEPS)
         for i, (before, after, position) in enumerate(seen, start=1):
             assert torch.equal(before, batch.hidden[:, :-i][batch.learn[:, i + 1 :]])
@@ -265,31 +261,33 @@ def test_the_discriminator_sees_the_state_guessed_from_and_the_one_guessed_for(k
 
 @pytest.mark.parametrize("kind", ["medusa", "eagle"])
 @pytest.mark.parametrize("draft_vocab", [0, 20])
-@pytest.mark.parametrize("lk", [False, True])
-def test_losses_by_rows_are_those_of_all_rows_at_once(kind, draft_vocab, lk):
+def test_losses_by_rows_are_those_of_all_rows_at_once(kind, draft_vocab):
     """Values and gradients of L_sup, L_adv and L_D, written down with whole tensors."""
     target, head, judge, batch = game_setting(kind, draft_vocab=draft_vocab)
     for weight in head.parameters():  # away from p = q, where min(p, q) has an edge
         weight.data += 0.1 * torch.randn_like(weight)
-    game, guess = Game(target, head, judge, lk=lk, feature_weight=0.7), head(batch, OWN_STEPS)
+    training, guess = in_training(target, head, judge, feature_weight=0.7), head(batch, OWN_STEPS)
     supervised = adversarial = of_judge = 0.0
-    for i, (logits, state) in enumerate(zip(guess.logits, guess.states), start=1):
+    for i, (logits, state) in enumerate(zip(logits_of(guess), guess.states), start=1):
         before, after = batch.rows(batch.hidden[:, :-i], i), batch.rows(batch.hidden[:, i:], i)
-        labels = head.vocabulary.places(batch.rows(batch.tokens[:, i + 1 :], i))
-        p, q = F.linear(after, game.lm_head).softmax(-1), logits.softmax(-1)
-        judged, weight = judge(before, after, i - 1), head.position_weights[i - 1]
+        labels = head.vocabulary.indices_of(batch.rows(batch.tokens[:, i + 1 :], i))
+        p, q = F.linear(after, training.lm_head).softmax(-1), logits.softmax(-1)
+        judged, weight = (
+            judge.score(judge.context(before, after, i - 1)),
+            head.position_weights[i - 1],
+        )
         of_judge += weight * discriminator_loss(judged, p, q)
         adversarial += weight * adversarial_loss(judged, q)
         label = labels if kind == "medusa" else p
-        fit = lk_loss(logits, p) if lk else F.cross_entropy(logits, label)
+        fit = F.cross_entropy(logits, label)
         close = 0.7 * F.smooth_l1_loss(state, after) + 0.1 * fit
         supervised += weight * (fit if kind == "medusa" else close)
     for piece in (1, 7, 1000):
-        game.piece = piece
+        training.piece = piece
         for loss, expected, module in (
-            (game.head_loss(guess, batch), supervised, head),
-            (game.head_loss(guess, batch, 0.0, 1.0), adversarial, head),
-            (game.discriminator_loss(guess, batch), of_judge, judge),
+            (training.head_loss(guess, batch), supervised, head),
+            (training.head_loss(guess, batch, 0.0, 1.0), adversarial, head),
+            (training.d_loss(guess.detach(), batch), of_judge, judge),
         ):
             torch.testing.assert_close(loss, expected)
             for one, other in zip(gradients(module, loss), gradients(module, expected)):
@@ -302,8 +300,11 @@ def test_in_bfloat16_the_losses_teach_the_same(kind):
 
     def taught(dtype) -> tuple[list, list]:
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
-            game, guess = Game(target, head, judge, dtype), head(batch, OWN_STEPS)
-            losses = game.head_loss(guess, batch, 1.0, 0.3), game.discriminator_loss(guess, batch)
+            training, guess = in_training(target, head, judge, dtype), head(batch, OWN_STEPS)
+            losses = (
+                training.head_loss(guess, batch, 1.0, 0.3),
+                training.d_loss(guess.detach(), batch),
+            )
         return gradients(head, losses[0]), gradients(judge, losses[1])
 
     for exact, low in zip(taught(torch.float32), taught(torch.bfloat16)):
@@ -319,21 +320,21 @@ def test_a_head_that_has_decoded_can_be_trained():
         head.absorb(state, batch.tokens[:1, 1:3], batch.hidden[:1, :2])
         head.expand(state)
     assert (
-        gradients(head, Game(target, head, None).head_loss(head(batch), batch))[0].abs().max() > 0
+        gradients(head, in_training(target, head).head_loss(head(batch), batch))[0].abs().max() > 0
     )
 
 
 @pytest.mark.parametrize("draft_vocab", [0, 20])
 @pytest.mark.parametrize("kind", ["medusa", "eagle"])
 def test_the_loss_is_the_mean_over_what_is_to_be_learnt(kind, draft_vocab):
-    """Written down token by token, from guesses at all places; what is masked has no share in it."""
+    """Written down token by token, from guesses at all places; masked tokens have no share in it."""
     target, head, _, batch = game_setting(kind, draft_vocab=draft_vocab)
-    game = Game(target, head, None)
+    training = in_training(target, head)
     everywhere = batch._replace(learn=torch.ones_like(batch.learn))
     all_guesses, (tokens, hidden, learn) = head(everywhere, OWN_STEPS), batch
-    known = head.vocabulary.names(torch.arange(draft_vocab or 40))
+    known = head.vocabulary.tokens_at(torch.arange(draft_vocab or 40))
     expected = 0.0
-    for i, rows in enumerate(all_guesses.logits, start=1):
+    for i, rows in enumerate(logits_of(all_guesses), start=1):
         logits, losses = rows.unflatten(0, (3, -1)), []
         for b, t in itertools.product(range(3), range(16 - i)):
             if not learn[b, t + 1 + i]:
@@ -350,7 +351,7 @@ def test_the_loss_is_the_mean_over_what_is_to_be_learnt(kind, draft_vocab):
         expected += head.position_weights[i - 1] * torch.stack(losses).mean()
         assert 3 < len(losses) < 3 * (16 - i)
     guess = head(batch, OWN_STEPS)
-    loss = game.head_loss(guess, batch)
+    loss = training.head_loss(guess, batch)
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
     # And other labels there change nothing, not by a bit.
     others = torch.randint(0, 40, tokens.shape), torch.randn_like(hidden)
@@ -358,7 +359,7 @@ def test_the_loss_is_the_mean_over_what_is_to_be_learnt(kind, draft_vocab):
         tokens=torch.where(learn, tokens, others[0]),
         hidden=torch.where(learn[:, 1:, None], hidden, others[1]),
     )
-    assert torch.equal(game.head_loss(guess, changed), loss)
+    assert torch.equal(training.head_loss(guess, changed), loss)
 
 
 def test_noise_is_added_in_training_only_and_to_the_input_only():
@@ -376,10 +377,11 @@ def test_noise_is_added_in_training_only_and_to_the_input_only():
 def head_training(name: str = "eagle-koala", window: int = 16, **flags):
     """A `HeadTraining` that has begun, and the features it learns from."""
     target, _, _, batch = game_setting("eagle")
-    config = TrainConfig(context=window, batch_tokens=64, **flags)
-    features = Features(target, batch.tokens[:, : window + 1].repeat(4, 1), 1.0, nullcontext)
-    training = HeadTraining(config, name, target, Autocast(torch.device("cpu"), torch.float32))
-    training.start(features)
+    config = TrainConfig(target_context=window, batch_tokens=64, **flags)
+    features = Features(target, batch.tokens[:, : window + 1].repeat(4, 1), nullcontext)
+    training = new_training(config, name, target, Autocast(torch.device("cpu"), torch.float32))
+    training.begin(features)
+    training.head.train()
     return training, features
 
 
@@ -395,25 +397,25 @@ def state_of(training) -> list[torch.Tensor]:
 def test_a_joint_step_is_one_of_D_and_then_one_of_the_head(name, log):
     """Both losses written by hand, with whole tensors, from discriminator.py and draft_head.py.
 
-    Without it a D that never steps, or a lambda of the wrong sign, would leave every other test green
-    and turn the finding on the discriminator into one about a bug.
+    Without it a D that never steps, or a lambda of the wrong sign, would leave every other test
+    green and turn the finding on the discriminator into one about a bug.
     """
     flags = dict(head=name, layers=2, adversarial_weight=0.5, own_steps=2)
     flags["discriminator"] = "exact" if name == "eagle-exact" else "learnt"
     (ours, features), (hand, _) = head_training(name, **flags), head_training(name, **flags)
-    batch = ours.lesson(features.batch(torch.arange(4)))
+    batch = ours.batch(features, torch.arange(4))
     head, judge, target = hand.head, hand.discriminator, hand.target
     if judge is not None:  # one that has an opinion: a new one teaches nothing
         for training in (ours, hand):
             torch.manual_seed(7)
             torch.nn.init.normal_(training.discriminator.judge.weight, std=0.3)
     torch.manual_seed(1)
-    ours.step(batch, True, 2, log=log)  # the one call of what is tested
+    ours.joint_step(batch, "joint", 2, log=log)  # the one call of what is tested
 
     torch.manual_seed(1)
     guess = head(batch, 2)
     places = []  # of each draft position: weight, logits, state, h_t, h+, p, label
-    for i, (logits, state) in enumerate(zip(guess.logits, guess.states), start=1):
+    for i, (logits, state) in enumerate(zip(logits_of(guess), guess.states), start=1):
         before, after = batch.rows(batch.hidden[:, :-i], i), batch.rows(batch.hidden[:, i:], i)
         p = target.lm_head(after).softmax(-1)
         label = batch.rows(batch.tokens[:, i + 1 :], i) if "medusa" in name else p
@@ -424,14 +426,18 @@ def test_a_joint_step_is_one_of_D_and_then_one_of_the_head(name, log):
         loss = 0.0
         for i, (weight, logits, _, before, after, p, _) in enumerate(places):
             q = logits.detach().softmax(-1)
-            loss = loss + weight * discriminator_loss(judge(before, after, i), p, q)
+            loss = loss + weight * discriminator_loss(
+                judge.score(judge.context(before, after, i)), p, q
+            )
         hand.d_optimizer.zero_grad()
         loss.backward()
         hand.d_optimizer.step()
     loss = 0.0
     for i, (weight, logits, state, before, after, p, label) in enumerate(places):
         q = logits.softmax(-1)
-        judged = exact_logits(p, q) if judge is None else judge(before, after, i)
+        judged = (
+            exact_logits(p, q) if judge is None else judge.score(judge.context(before, after, i))
+        )
         supervised = head.supervised_loss(logits, label, state, after)
         loss = loss + weight * (supervised + 0.5 * adversarial_loss(judged, q))
     hand.optimizer.zero_grad()
@@ -445,17 +451,17 @@ def test_a_joint_step_is_one_of_D_and_then_one_of_the_head(name, log):
 
 
 @pytest.mark.parametrize("name", ["medusa-koala", "eagle-koala"])
-@pytest.mark.parametrize("joint", [False, True])
-def test_a_batch_with_nothing_to_learn_changes_nothing(name, joint):
+@pytest.mark.parametrize("part", ["supervised", "joint"])
+def test_a_batch_with_nothing_to_learn_changes_nothing(name, part):
     """In a chat it can be all question. The mean of no losses is no number, and would be learnt."""
     training, features = head_training(name, own_steps=3)
     batch = features.batch(torch.arange(4))
-    training.step(batch, joint, 3)  # so that the optimisers remember something
+    training.joint_step(batch, part, 3)  # so that the optimisers remember something
     before = state_of(training)
     nothing = batch._replace(learn=torch.zeros_like(batch.learn))
-    assert training.step(nothing, joint, 3, log=True) == {}
+    assert training.joint_step(nothing, part, 3, log=True) == {}
     assert all(torch.equal(a, b) for a, b in zip(before, state_of(training), strict=True))
-    values = training.step(batch, joint, 3, log=True)
+    values = training.joint_step(batch, part, 3, log=True)
     assert all(math.isfinite(value) for value in values.values()) and "loss_sup" in values
     assert not all(torch.equal(a, b) for a, b in zip(before, state_of(training), strict=True))
 
@@ -464,32 +470,31 @@ def test_the_discriminator_slows_down_with_the_head():
     """Both still at the end: a D that leapt on there would have the last word."""
     training, features = head_training()
     batch = features.batch(torch.arange(4))
-    training.step(batch, True, 1)
+    training.joint_step(batch, "joint", 1)
     weights = [*training.head.parameters(), *training.discriminator.parameters()]
     before = [w.clone() for w in weights]
-    training.step(batch, True, 1, rate=0.0)
+    training.joint_step(batch, "joint", 1, rate=0.0)
     assert all(torch.equal(a, b) for a, b in zip(before, weights))
-    training.discriminator_alone(batch)  # before the game it learns at its full rate
+    training.joint_step(batch, "D alone", 1)  # before the game it learns at its full rate
     assert not torch.equal(before[-2], weights[-2])
 
 
 @pytest.mark.parametrize("name", ["medusa", "eagle"])
 def test_a_head_learns_in_the_smallest_window_too(name):
     training, features = head_training(name, window=2 * DRAFT_POSITIONS)
-    assert "loss_sup" in training.step(features.batch(torch.arange(4)), False, 1, log=True)
+    assert "loss_sup" in training.joint_step(
+        features.batch(torch.arange(4)), "supervised", 1, log=True
+    )
 
 
-@pytest.mark.parametrize(
-    "name, flags", [("eagle", {}), ("medusa", {}), ("medusa", {"supervised": "lk"})]
-)
-def test_who_learns_p_learns_from_every_token_and_who_learns_tokens_from_the_targets_own(
-    name, flags
-):
-    training, features = head_training(name, **flags)
+@pytest.mark.parametrize("name", ["eagle", "medusa"])
+def test_who_learns_p_learns_from_every_token_and_who_learns_tokens_from_the_targets_own(name):
+    training, features = head_training(name)
     batch = features.batch(torch.arange(4))
     batch.learn[:, ::3] = False
-    learn = training.lesson(batch).learn
-    assert learn.all() if name == "eagle" or flags else torch.equal(learn, batch.learn)
+    data = SimpleNamespace(batch=lambda windows: batch)
+    learn = training.batch(data, torch.arange(4)).learn
+    assert learn.all() if name == "eagle" else torch.equal(learn, batch.learn)
 
 
 @pytest.mark.parametrize("name", ["medusa-koala", "eagle-koala"])
@@ -498,13 +503,13 @@ def test_a_draft_vocabulary_is_made_of_the_most_frequent_tokens_and_alone_is_lea
     known = training.head.vocabulary.tokens
     counts = features.windows.flatten().bincount(minlength=40)
     assert counts[known].min() >= counts.sort().values[-16]
-    batch = training.lesson(features.batch(torch.arange(4)))
+    batch = training.batch(features, torch.arange(4))
     assert torch.equal(batch.learn, torch.isin(batch.tokens, known))
-    assert all(rows.shape[-1] == 16 for rows in training.head(batch, 3).logits)
+    assert all(rows.shape[-1] == 16 for rows in logits_of(training.head(batch, 3)))
     weight = training.target.lm_head.weight[known]
     assert torch.equal(training.discriminator._frozen[0], weight)  # it judges the same tokens
     before = state_of(training)
-    values = training.step(batch, True, 3, log=True)
+    values = training.joint_step(batch, "joint", 3, log=True)
     assert values["loss_sup"] > 0 and 0 <= values["d_accuracy"] <= 1
     assert not all(torch.equal(a, b) for a, b in zip(before, state_of(training), strict=True))
 
@@ -515,8 +520,8 @@ def test_a_draft_vocabulary_is_made_of_the_most_frequent_tokens_and_alone_is_lea
 def test_kept_states_are_those_of_the_target(capsys):
     target, _, _, batch = game_setting("eagle")
     windows = batch.tokens.int().repeat(5, 1)
-    kept = Features(target, windows, 1.0, nullcontext)
-    afresh = Features(target, windows, 0.0, nullcontext)
+    kept = Features(target, windows, nullcontext, 1.0)
+    afresh = Features(target, windows, nullcontext, 0.0)
     assert kept.kept is not None and afresh.kept is None
     assert "computed as needed" in capsys.readouterr().out
     index = torch.tensor([4, 0, 14])
@@ -533,15 +538,15 @@ def test_the_limit_is_that_of_the_memory_taken():
     target, _, _, batch = game_setting("eagle")
     tokens = batch.tokens
     needed = 3 * 16 * 16 * 2 / 1e9  # windows x positions x width x bytes of a float16
-    assert Features(target, tokens, needed * 1.001, nullcontext).kept is not None
-    assert Features(target, tokens, needed * 0.999, nullcontext).kept is None
+    assert Features(target, tokens, nullcontext, needed * 1.001).kept is not None
+    assert Features(target, tokens, nullcontext, needed * 0.999).kept is None
 
 
 @pytest.mark.parametrize(
     "rows, count", [(1, 1), (10, 10), (10, 99), (10, 0), (1000, 7), (999, 998)]
 )
 def test_a_sample_is_spread_over_all_rows_without_repeating_one(rows, count):
-    picked = spread(torch.arange(rows), count).tolist()
+    picked = evenly(torch.arange(rows), count).tolist()
     assert len(picked) == max(1, min(count, rows)) and sorted(set(picked)) == picked
     gaps = [after - before for before, after in zip(picked, picked[1:])]
     assert picked[0] == 0 and (not gaps or (picked[-1] == rows - 1 and max(gaps) - min(gaps) <= 1))
@@ -583,15 +588,13 @@ class Oracle:
 
 def test_a_perfect_head_is_measured_as_perfect_and_a_contrary_one_as_useless():
     target, _, _, (tokens, hidden, _) = game_setting("eagle")
-    features = Features(target, tokens, 0.0, nullcontext)
-    perfect = measure_acceptance(target, Oracle(target, tokens, hidden), features, 3, stride=2)
+    batch = Features(target, tokens, nullcontext, 0.0).batch(torch.arange(3))
+    perfect = measure_acceptance(target, Oracle(target, tokens, hidden), batch, stride=2)
     for i in range(1, DRAFT_POSITIONS + 1):
         assert perfect[f"agree_{i}"] == 1
         assert perfect[f"alpha_{i}"] == pytest.approx(1, abs=1e-5)
     assert perfect["tau_estimate"] == pytest.approx(1 + DRAFT_POSITIONS)
-    useless = measure_acceptance(
-        target, Oracle(target, tokens, hidden, -1.0), features, 3, stride=2
-    )
+    useless = measure_acceptance(target, Oracle(target, tokens, hidden, -1.0), batch, stride=2)
     assert useless["agree_1"] == 0 and useless["tau_estimate"] == 1 and useless["alpha_1"] < 0.2
 
 
@@ -599,15 +602,15 @@ def test_a_perfect_head_is_measured_as_perfect_and_a_contrary_one_as_useless():
 def test_the_first_position_is_measured_as_training_sees_it(kind):
     target, head, _, batch = game_setting(kind)
     torch.nn.init.normal_(head.biases[0] if kind == "medusa" else head.combine.weight)
-    features = Features(target, batch.tokens, 0.0, nullcontext)
+    features = Features(target, batch.tokens, nullcontext, 0.0)
     batch = features.batch(torch.arange(3))
-    measured = measure_acceptance(target, head, features, 3, stride=1)
+    measured = measure_acceptance(target, head, batch, stride=1)
     places = range(0, 16 - DRAFT_POSITIONS)
-    q, p = head(batch).logits[0].unflatten(0, (3, -1)), target.lm_head(batch.hidden)
+    q, p = logits_of(head(batch))[0].unflatten(0, (3, -1)), target.lm_head(batch.hidden)
     same = [(q[:, t].argmax(-1) == p[:, t + 1].argmax(-1)).float().mean() for t in places]
     alpha = [acceptance(p[:, t + 1].softmax(-1), q[:, t].softmax(-1)).mean() for t in places]
     assert measured["agree_1"] == pytest.approx(torch.stack(same).mean().item(), abs=1e-6)
-    by_rank = measure_acceptance(target, head, features, 3, stride=1, by_rank=True)
+    by_rank = measure_acceptance(target, head, batch, stride=1, by_rank=True)
     for r, (rank, mass) in enumerate(zip(by_rank["ranks"][0], by_rank["mass"][0])):
         guess = [q[:, t].argsort(-1, descending=True)[:, r] for t in places]
         right = [(g == p[:, t + 1].argmax(-1)).float().mean() for g, t in zip(guess, places)]
@@ -617,7 +620,8 @@ def test_the_first_position_is_measured_as_training_sees_it(kind):
         assert rank == pytest.approx(torch.stack(right).mean().item(), abs=1e-6)
         assert mass == pytest.approx(torch.stack(p_of).mean().item(), abs=1e-5)
     assert measured["alpha_1"] == pytest.approx(torch.stack(alpha).mean().item(), abs=1e-5)
-    for heat, alphas in zip(HEATS, by_rank["heated"], strict=True):
+    heated = alpha_by_temperature(target, head, batch, stride=1)["heated"]
+    for heat, alphas in zip(TEMPERATURES, heated, strict=True):
         hot = [acceptance(p[:, t + 1].softmax(-1), (q[:, t] / heat).softmax(-1)) for t in places]
         assert alphas[0] == pytest.approx(torch.stack(hot).mean().item(), abs=1e-5)
 
@@ -629,13 +633,11 @@ def test_only_drafts_of_what_is_to_be_learnt_are_measured():
     learn[0, 6] = learn[1] = (
         False  # a draft that begins after tokens 1..5 of the first needs the 6th
     )
-    features = SimpleNamespace(
-        windows=batch.tokens, batch=lambda index: batch._replace(learn=learn)
-    )
-    measured = measure_acceptance(target, head, features, 3, stride=1, by_rank=True)
+    masked = batch._replace(learn=learn)
+    measured = measure_acceptance(target, head, masked, stride=1, by_rank=True)
     known, agree, alpha = head.vocabulary.tokens, [], []
     everywhere = batch._replace(learn=torch.ones_like(learn))
-    q = head(everywhere).logits[0].unflatten(0, (3, -1)).softmax(-1)  # (3, 15, 20)
+    q = logits_of(head(everywhere))[0].unflatten(0, (3, -1)).softmax(-1)  # (3, 15, 20)
     p = target.lm_head(batch.hidden).softmax(-1)
     for b, start in itertools.product(range(3), range(1, 13)):
         if learn[b, start + 1 : start + 5].all():
@@ -647,7 +649,7 @@ def test_only_drafts_of_what_is_to_be_learnt_are_measured():
     assert measured["alpha_1"] == pytest.approx(sum(alpha).item() / len(alpha), abs=1e-5)
     learn[:] = False
     with pytest.raises(UserError, match="nothing to learn"):
-        measure_acceptance(target, head, features, 3)
+        measure_acceptance(target, head, masked)
 
 
 # ---------------------------------------------------------------------- batches and schedule

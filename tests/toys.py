@@ -12,12 +12,11 @@ import torch.nn.functional as F
 
 from discriminator import Discriminator
 from draft_head import Batch, HeadConfig, build_head
-from game import Game
 from model import GPT, GPTConfig
-from pretrained_bpe import DIGITS
-from sampling import distribution
-from speculate import acceptance_probability, residual
-from vocabulary import Vocabulary
+from plumbing.machine import Autocast
+from sampling import Vocabulary, acceptance_probability, distribution, residual
+from targets.tokenizers import DIGITS
+from train import HeadTraining
 
 # A correct program fails a chi-square test at this level once in a billion runs.
 FALSE_ALARM = 1e-9
@@ -135,20 +134,21 @@ def tiny_head(kind: str, layers: int, target: GPT, steps=0, num_heads=8, knows: 
             torch.nn.init.normal_(weight, std=0.1)
     if steps or knows:
         batch = whole_batch(target, own_text(target, 64, target.config.context + 1))
-        batch = batch._replace(learn=head.vocabulary.places(batch.tokens) >= 0)
+        batch = batch._replace(learn=head.vocabulary.indices_of(batch.tokens) >= 0)
         head.prepare(target, batch)
     if steps:
-        optimizer, game = torch.optim.Adam(head.parameters(), lr=1e-2), Game(target, head, None)
+        optimizer = torch.optim.Adam(head.parameters(), lr=1e-2)
+        training = in_training(target, head, dtype=torch.float64)
         for _ in range(steps):
             optimizer.zero_grad()
-            game.head_loss(head(batch), batch).backward()
+            training.head_loss(head(batch), batch).backward()
             optimizer.step()
     head.trained = steps > 0
     return head.eval().requires_grad_(False)
 
 
 def draft_chain(head, state, n: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The n likeliest tokens (B, n), one after the other, and the logits they come from (B, n, V)."""
+    """The n likeliest tokens (B, n), one after the other, and their logits (B, n, V)."""
     tokens, rows = [], []
     for _ in range(n):
         rows.append(head.expand(state, tokens[-1][:, None] if tokens else None)[:, 0])
@@ -194,7 +194,7 @@ class ScriptedCache:
 
 
 class ScriptedTarget:
-    """Its first choice after the text so far is the script's next token, if that text is the script.
+    """Its first choice after the text so far is the script's next token, if the text is the script.
 
     After any other text it is token 0, so that text once wrong stays wrong. A hidden state is the
     one-hot of the token that follows.
@@ -341,9 +341,22 @@ def game_setting(kind: str, layers: int = 2, draft_vocab: int = 0):
     )
     torch.nn.init.normal_(judge.judge.weight)
     batch = whole_batch(target, torch.randint(0, 40, (3, 17)))
-    learn = (torch.rand(3, 17) < 0.8) & (head.vocabulary.places(batch.tokens) >= 0)
+    learn = (torch.rand(3, 17) < 0.8) & (head.vocabulary.indices_of(batch.tokens) >= 0)
     head.prepare(target, batch._replace(learn=learn))
     return target, head.eval(), judge, batch._replace(learn=learn)
+
+
+def in_training(target, head, judge=None, dtype=torch.float32, **values) -> HeadTraining:
+    """The training of a head against this discriminator, or against its closed form."""
+    autocast = Autocast(torch.device("cpu"), dtype)
+    training = HeadTraining(target, head, judge, 1.0, autocast, **values)
+    training.ready()
+    return training
+
+
+def logits_of(guess) -> list[torch.Tensor]:
+    """The logits (N, S) of each draft position, all at once."""
+    return [F.linear(state, to_logits) for state, to_logits in zip(guess.states, guess.maps)]
 
 
 def gradients(head, loss) -> list[torch.Tensor]:

@@ -1,10 +1,9 @@
 """A tree is verified as if each of its paths were the text, and accepted by its own rule.
 
 Two things can go wrong unseen. A node may see a cousin, or stand at the wrong position: the target
-then judges a text that nobody wrote. And the rule for siblings may be off: trees whose children are
-sampled need p *and* q updated after a rejection, and trees that were chosen by what was drafted are
-no samples at all. Either slip still writes fluent text, so the laws are enumerated here, and the
-two well-known mistakes have to be seen by the same comparison.
+then judges a text that nobody wrote. And the tokens of a tree may be judged as if they had been
+drawn from q: they were named. Either slip still writes fluent text, so the law is enumerated here,
+and the well-known mistakes have to be seen by the same comparison.
 """
 
 import itertools
@@ -24,27 +23,21 @@ from toys import (
     whole_vocabulary,
 )
 
-from cli import UserError
-from sampling import GREEDY_TEMPERATURE, Sampler, distribution, draw
-from speculate import (
-    acceptance_probability,
-    generate,
-    match,
-    residual,
-    verify,
-    verify_tree,
-    without,
-)
-from tree import (
+from drafts import (
+    Chain,
     FixedTree,
     GrowingTree,
     ancestors,
     best_tree,
-    chain,
+    chain_paths,
+    chain_shape,
     deepest,
     expected_length,
     plan_draft,
 )
+from plumbing.cli import UserError
+from sampling import GREEDY_TEMPERATURE, Sampler, acceptance_probability, residual
+from speculate import generate, match
 
 CPU = torch.device("cpu")
 KINDS = ("medusa", "eagle")
@@ -68,10 +61,10 @@ def random_tree(seed: int, nodes: int, depth: int = 8, width: int = 12) -> list[
 
 
 SHAPES = {
-    "one node": chain(1),
-    "chain": chain(5),
+    "one node": chain_paths(1),
+    "chain": chain_paths(5),
     "star": [(r,) for r in range(12)],
-    "broom": [*chain(3), *[(0, 0, 0, r) for r in range(6)]],
+    "broom": [*chain_paths(3), *[(0, 0, 0, r) for r in range(6)]],
     "binary": full(2, 5),  # 62 nodes
     "ternary": full(3, 3),
     **{f"random {n}": random_tree(n, n) for n in (2, 3, 5, 8, 13, 21, 34, 64)},
@@ -115,9 +108,6 @@ def test_a_fixed_tree_is_laid_out_level_by_level(paths):
     assert sorted(tree.paths) == sorted(paths) and tree.nodes == len(paths)
     for i, path in enumerate(every):
         assert every[tree.shape.parents[i]] == path[:-1] and tree.shape.depth[i] == len(path)
-        assert [every[c] for c in tree.shape.children[i].tolist() if c] == [
-            p for p in every if p and p[:-1] == path
-        ]
         seen = {every[j] for j in tree.shape.ancestors[i].nonzero()[:, 0].tolist()}
         assert seen == {path[:d] for d in range(len(path) + 1)}
 
@@ -147,8 +137,8 @@ def test_the_best_tree_is_the_best_of_all():
 
 
 def test_the_best_tree_of_a_head_without_second_guesses_is_a_chain():
-    assert best_tree([[0.9, 0.0], [0.8, 0.0]], 10, 4) == chain(4)
-    assert best_tree([[1.0, 0.0]], 3, 8) == chain(3)
+    assert best_tree([[0.9, 0.0], [0.8, 0.0]], 10, 4) == chain_paths(4)
+    assert best_tree([[1.0, 0.0]], 3, 8) == chain_paths(3)
 
 
 def test_ranks_out_of_order_leave_no_gap():
@@ -156,7 +146,7 @@ def test_ranks_out_of_order_leave_no_gap():
 
 
 def test_a_chain_has_the_length_that_its_rates_multiply_to():
-    assert expected_length([[0.5], [0.4]], chain(3)) == pytest.approx(1 + 0.5 + 0.2 + 0.08)
+    assert expected_length([[0.5], [0.4]], chain_paths(3)) == pytest.approx(1 + 0.5 + 0.2 + 0.08)
 
 
 # ----------------------------------------------------------- one pass over a tree, and what is kept
@@ -200,7 +190,8 @@ def test_a_head_expands_each_node_as_the_end_of_a_chain(target, kind, paths, tra
         return state
 
     tree = FixedTree(paths, CPU)
-    draft = tree.draft(head, absorbed(), tokens[0, -1:], tree.depth, Sampler(CPU, explain=True))
+    draft = tree.draft(head, absorbed(), tokens[0, -1:], tree.depth, Sampler(CPU))
+    chosen_from = torch.cat(draft.logits)[draft.rows]  # (N, S): the row that each node comes from
     for i, row in enumerate(tree.shape.ancestors):
         path, state = draft.tokens[row][1:], absorbed()
         logits = head.expand(state)
@@ -208,13 +199,12 @@ def test_a_head_expands_each_node_as_the_end_of_a_chain(target, kind, paths, tra
             logits = head.expand(state, token[None, None])
             if head.max_draft and state.depth == head.max_draft - 1:
                 break
-        if tree.shape.children[i].any():
-            law = logits[0, 0].softmax(-1)
-            torch.testing.assert_close(draft.q[i].double(), law, rtol=0, atol=1e-6)
-            children = [draft.tokens[c].item() for c in tree.shape.children[i] if c]
-            assert children == law.topk(len(children)).indices.tolist()
-        else:
-            assert not draft.q[i].any()
+        children = (tree.shape.parents[1:] == i).nonzero()[:, 0]  # their numbers, less 1
+        if len(children):
+            expected = logits[0, 0].expand(len(children), -1)
+            torch.testing.assert_close(chosen_from[children], expected, rtol=0, atol=1e-6)
+            named = draft.tokens[1 + children].tolist()
+            assert named == logits[0, 0].topk(len(children)).indices.tolist()
 
 
 def test_a_tree_cut_short_is_the_upper_part_of_it(target, kind, trained):
@@ -262,7 +252,9 @@ def test_a_growing_tree_holds_the_likeliest_continuations(kind, nodes, temperatu
     assert draft.shape.depth.tolist() == [len(path) for path in paths]
     for i, path in enumerate(paths):
         shown = probability[path] / probability[path[:-1]] if path else 1.0
-        assert draft.confidence[i].item() == pytest.approx(shown, abs=1e-6)
+        if path:  # on-lookers find the rows that the nodes were chosen from
+            row = torch.cat(draft.logits)[draft.rows[i - 1]] / ranked_at
+            assert row.softmax(-1)[path[-1]].item() == pytest.approx(shown, abs=1e-6)
 
 
 class Certain:
@@ -336,87 +328,34 @@ def test_greedy_text_by_a_growing_tree_is_the_targets_own(
 def test_a_tree_accepts_at_least_what_its_chain_does(target, prompts, kind, trained):
     """Greedily each cycle writes as much as the chain that lies in the tree, or more."""
     taus = []
-    for plan in (FixedTree(chain(4), CPU), FixedTree(full(3, 4), CPU)):
+    for plan in (Chain(4), FixedTree(full(3, 4), CPU)):
         results = [generate(target, p, 100, head=trained(kind), plan=plan) for p in prompts[:2]]
         taus.append(sum(len(r.tokens) for r in results) / sum(len(r.produced) for r in results))
     assert taus[1] > taus[0]
 
 
-# ----------------------------------------------------------------- the exact law of sampled trees
+# ------------------------------------------------------------- named tokens are no samples
 
 VOCAB = 4
-TREES = {
-    "chain": chain(2),
-    "siblings": [(0,), (1,), (2,)],
-    "all siblings": [(0,), (1,), (2,), (3,)],
-    "two and two": [(0,), (1,), (0, 0), (0, 1), (1, 0)],
-    "deep second": [(0,), (1,), (1, 0), (1, 1)],
-}
 SAMPLING = {
     "plain": dict(temperature=1.0),
     "hot": dict(temperature=1.7),
-    "top_k": dict(temperature=1.0, top_k=2),  # q may have fewer tokens than a node has children
+    "top_k": dict(temperature=1.0, top_k=2),
     "greedy": dict(temperature=0.0),
 }
 
 
-def written_law(p, q, paths, drop=without, rest=residual, prefix=(), path=()):
-    """The law of the tokens after `prefix` by the rule for sampled siblings: (VOCAB,) * missing.
-
-    All orders in which the children can be drawn are gone through. What a cycle does not write is
-    completed with the target's own law. `drop` and `rest` stand in for the rule, to see it fail.
-    """
-    left = p[len(prefix)][prefix].double()
-    children = sum(len(other) == len(path) + 1 and other[:-1] == path for other in paths)
-    if children == 0:
-        return rest_of(p, prefix)
-    drafted = q[len(prefix)][prefix].double()
-    law = torch.zeros([VOCAB] * (len(p) - len(prefix)), dtype=torch.float64)
-
-    def end(token, probability):
-        law[token] += probability * rest_of(p, (*prefix, token))
-
-    for order in itertools.permutations(range(VOCAB), min(children, int((drafted > 0).sum()))):
-        reach, drawn_from, p_now, q_now = 1.0, drafted, left, drafted
-        for token in order:
-            reach = reach * drawn_from[token]
-            drawn_from = without(drawn_from, torch.tensor([token]))
-        for rank, token in enumerate(order):
-            if reach == 0:
-                break
-            accepted = acceptance_probability(p_now[token], q_now[token])
-            below = written_law(p, q, paths, drop, rest, (*prefix, token), (*path, rank))
-            law[token] += reach * accepted * below
-            reach = reach * (1 - accepted)
-            p_now, q_now = rest(p_now, q_now), drop(q_now, torch.tensor([token]))
-        for token in range(VOCAB):
-            end(token, reach * p_now[token])
-    return law
+def without(q, x):
+    """norm(q without x), q (..., V), x (..., 1); all 0 where nothing else is left."""
+    rest = q.scatter(-1, x, 0.0)
+    total = rest.sum(-1, keepdim=True)
+    return torch.where(total > 0, rest / total, 0.0)
 
 
 def tables(name: str, depth: int = 3):
     return random_tables(1, depth, VOCAB, **SAMPLING[name]), random_tables(
         2, depth, VOCAB, **SAMPLING[name]
     )
-
-
-@pytest.mark.parametrize("name", SAMPLING)
-@pytest.mark.parametrize("shape", TREES)
-def test_a_sampled_tree_writes_exactly_the_targets_law(shape, name):
-    p, q = tables(name)
-    assert (written_law(p, q, TREES[shape]) - rest_of(p)).abs().max() < 1e-6
-
-
-def test_updating_only_p_after_a_rejected_sibling_is_seen():
-    p, q = tables("plain")
-    wrong = written_law(p, q, TREES["two and two"], drop=lambda q, x: q)
-    assert (wrong - rest_of(p)).abs().sum() / 2 > 0.01
-
-
-def test_updating_only_q_after_a_rejected_sibling_is_seen():
-    p, q = tables("plain")
-    wrong = written_law(p, q, TREES["two and two"], rest=lambda p, q: p)
-    assert (wrong - rest_of(p)).abs().sum() / 2 > 0.01
 
 
 def one_token_law(p, candidates, rule) -> torch.Tensor:
@@ -526,10 +465,11 @@ def test_matching_one_sample_is_judging_siblings_with_one_hot_q(children):
     """`match` draws one token and looks for it; the rule goes through the siblings. One law."""
     p = tables("plain")[0][0].double()
     torch.testing.assert_close(as_named(p, children), p)
-    tree = FixedTree([(r,) for r in range(len(children))], CPU)
+    paths = tuple((r,) for r in range(len(children)))
+    shape = FixedTree(paths, CPU).shape if paths else chain_shape(0, CPU)
     tokens = torch.tensor([0, *children])
     for choice in range(VOCAB):
-        node, following = match(tokens, tree.shape, torch.full((len(tokens),), choice))
+        node, following = match(tokens, shape, torch.full((len(tokens),), choice))
         if not children:
             assert (node, following) == (0, choice)
         elif choice in children:  # it is written as a draft, and after it comes that node's choice
@@ -539,64 +479,6 @@ def test_matching_one_sample_is_judging_siblings_with_one_hot_q(children):
 
 
 # --------------------------------------------------------------------- verify_tree as it decodes
-
-
-def verify_tree_p_value(paths, name="plain", wrong_q=None, draws: int = 6000) -> float:
-    """Chi-square of texts by `verify_tree` against the target's law."""
-    p, q = tables(name)
-    tree, counts = FixedTree(paths, CPU), torch.zeros(VOCAB**3, dtype=torch.long)
-    generator = torch.Generator().manual_seed(0)
-    children = tree.shape.children
-    for _ in range(draws):
-        tokens, laws_p, laws_q, texts = torch.zeros(tree.nodes + 1).long(), [], [], []
-        for i, row in enumerate(tree.shape.ancestors):
-            text = tuple(tokens[row][1:].tolist())
-            texts.append(text)
-            mine = children[i][children[i] > 0]
-            laws_p.append(p[len(text)][text])
-            laws_q.append(q[len(text)][text] if len(mine) else torch.zeros(VOCAB))
-            if len(mine):
-                tokens[mine] = draw(laws_q[-1], len(mine), generator)
-        u = torch.rand(tree.nodes + 1, generator=generator, dtype=torch.float64)
-        told = torch.stack(laws_q) if wrong_q is None else wrong_q(torch.stack(laws_q))
-        node, following = verify_tree(torch.stack(laws_p), told, tokens, tree.shape, u)
-        text = [*texts[node], following.item()]
-        while len(text) < 3:
-            law = p[len(text)][tuple(text)]
-            text.append(law.multinomial(1, generator=generator).item())
-        counts[(text[0] * VOCAB + text[1]) * VOCAB + text[2]] += 1
-    return chi_square_p_value(counts, rest_of(p).flatten())
-
-
-@pytest.mark.parametrize("shape, name", [("two and two", "plain"), ("all siblings", "top_k")])
-def test_verify_tree_writes_the_targets_law(shape, name):
-    assert verify_tree_p_value(TREES[shape], name) > FALSE_ALARM
-
-
-def test_verify_tree_with_another_q_is_seen():
-    assert verify_tree_p_value(TREES["two and two"], wrong_q=lambda q: q.sqrt()) < FALSE_ALARM
-
-
-def test_on_a_chain_verify_tree_is_verify():
-    tree = FixedTree(chain(3), CPU)
-    generator = torch.Generator().manual_seed(0)
-    for _ in range(300):
-        p, q = distribution(2 * torch.randn(2, 4, 5, generator=generator), temperature=1.0)
-        q[3] = 0
-        tokens = torch.cat([torch.zeros(1).long(), q[:3].multinomial(1, generator=generator)[:, 0]])
-        u = torch.rand(4, generator=generator, dtype=torch.float64)
-        assert verify_tree(p, q, tokens, tree.shape, u) == verify(p, q[:3], tokens[1:], u)
-
-
-def test_tokens_are_drawn_one_after_the_other_without_putting_back():
-    q = torch.tensor([0.5, 0.3, 0.2, 0.0])
-    pairs = draw(q.expand(50_000, 4), 2, torch.Generator().manual_seed(0))
-    law = torch.zeros(4, 4, dtype=torch.float64)
-    for first, second in itertools.permutations(range(3), 2):
-        law[first, second] = q[first] * q[second] / (1 - q[first])
-    counts = (pairs[:, 0] * 4 + pairs[:, 1]).bincount(minlength=16)
-    assert chi_square_p_value(counts, law.flatten()) > FALSE_ALARM
-    assert chi_square_p_value(counts, (law * law.T.sqrt()).flatten()) < FALSE_ALARM
 
 
 # ------------------------------------------------------------------------------------ sampled text

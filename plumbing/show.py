@@ -1,15 +1,11 @@
 """How decoding is shown: text as it is written, the trace of a cycle, the closing comparison.
 
-Nothing here decides anything: speculate.py calls it with what has happened already.
+Nothing here decides anything: speculate.py calls it after the fact.
 """
 
 import codecs
 import os
 import sys
-
-import torch
-
-from sampling import residual, without
 
 
 class Printer:
@@ -40,7 +36,7 @@ class Printer:
 
 
 def harmless(text: str) -> str:
-    """Control characters as escapes: what a model writes must not command the terminal."""
+    """Control characters as escapes: a model's text must not command the terminal."""
     shown = (c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text)
     return "".join(shown)
 
@@ -49,38 +45,34 @@ def trace_lines(number: int, cycle, encoding) -> list[str]:
     """A cycle in words, at most 100 columns wide: each drafted node, the verdict, the time."""
     draft, accepted = cycle.draft, set(cycle.path[1 : cycle.accepted + 1])
     tokens, parents = draft.tokens.tolist(), draft.shape.parents.tolist()
-    sampled = cycle.u is not None and draft.q is not None
     own = cycle.tokens[-1]
     ended = cycle.accepted == len(cycle.tokens)  # by a stop token inside the draft
     end = cycle.path[cycle.accepted]  # the last node in use
     ms = {phase: 1000 * seconds for phase, seconds in cycle.seconds.items()}
     if number == 0:
         return [f"prefill {ms['prefill']:.1f} ms: {quoted(own, encoding)} from the target's p"]
-    p, q = probabilities(cycle, sampled)
 
     def verdict(node: int) -> str:
         parent = parents[node]
         if node in accepted:
-            return "accept: u < p / q" if sampled else "accept: the target's own choice"
+            return "accept: u < p / q" if cycle.u else "accept: the target's own choice"
         if parent == end and ended:
             return "dropped: the text has ended"
         if parent != 0 and parent not in accepted:
             return "dropped with what it follows"
+        if cycle.u:
+            return "REJECT: u >= p / q"
         chosen = [other for other in accepted if parents[other] == parent]
-        if not sampled:
-            choice = quoted(tokens[chosen[0]] if chosen else own, encoding, 12)
-            return f"REJECT: the target chose {choice}"
-        if chosen and chosen[0] < node:
-            return "not tried: another was accepted"
-        return "REJECT: u >= p / q" if q[node] > 0 else "not tried: q has no more"
+        choice = quoted(tokens[chosen[0]] if chosen else own, encoding, 12)
+        return f"REJECT: the target chose {choice}"
 
     def below(parent: int, depth: int) -> list[str]:
         lines = []
         for node in range(1, len(tokens)):
             if parents[node] == parent:
                 name = "  " * min(depth, 8) + quoted(tokens[node], encoding)
-                figures = f"p {p[node]:.3f}  q {q[node]:.3f}"
-                figures += f"  u {cycle.u[node - 1]:.3f}" if sampled else ""
+                figures = f"p {cycle.p[node - 1]:.3f}  q {cycle.q[node - 1]:.3f}"
+                figures += f"  u {cycle.u[node - 1]:.3f}" if cycle.u else ""
                 lines += [f"{name:40} {figures}  {verdict(node)}", *below(node, depth + 1)]
         return lines
 
@@ -89,7 +81,7 @@ def trace_lines(number: int, cycle, encoding) -> list[str]:
     elif end not in parents[1:]:
         why = "from the target's p: nothing was drafted after" if end else "from the target's p"
     else:
-        why = "from the residual, what p has more than q" if sampled else "the target's own choice"
+        why = "from the residual, where p exceeds q" if cycle.u else "the target's own choice"
     return [
         f"cycle {number}: drafted {len(tokens) - 1}, accepted {cycle.accepted}, wrote "
         f"{len(cycle.tokens)}; draft {ms['draft']:.1f} ms, verify {ms['verify']:.1f}, "
@@ -97,22 +89,6 @@ def trace_lines(number: int, cycle, encoding) -> list[str]:
         *below(0, 1),
         f"  + {quoted(own, encoding)} {why}",
     ]
-
-
-def probabilities(cycle, sampled: bool) -> tuple[list[float], list[float]]:
-    """The p(x) and q(x) of each node: of sampled siblings those left when their turn came."""
-    draft, tokens = cycle.draft, cycle.draft.tokens
-    parents = draft.shape.parents
-    p, q = cycle.p[parents], draft.q[parents] if draft.q is not None else None
-    places = torch.arange(len(tokens), device=tokens.device)
-    for node in range(1, len(tokens)) if sampled else ():
-        if q[node, tokens[node]] > 0:  # had it been rejected, this is what the next would meet
-            later = (parents == parents[node]) & (places > node)
-            p[later], q[later] = residual(p[node], q[node]), without(q[node], tokens[node, None])
-    p_x = p.gather(-1, tokens[:, None])[:, 0].tolist()
-    if q is None:
-        return p_x, draft.confidence.tolist() if draft.confidence is not None else p_x
-    return p_x, q.gather(-1, tokens[:, None])[:, 0].tolist()
 
 
 def quoted(token: int, encoding, width: int = 24) -> str:

@@ -1,0 +1,64 @@
+"""Files that are written whole or not at all, and checkpoints, read without running code."""
+
+import json
+import os
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from plumbing.cli import UserError
+
+
+@contextmanager
+def atomic_write(path: Path):
+    """`with atomic_write(path) as file: ...` writes bytes to `path`, all of them or none.
+
+    The bytes go to a file beside `path`, which is renamed when complete. Neither a full disk nor an
+    interrupt can leave half a file, or take away the previous one. Raises UserError where nothing
+    can be written.
+    """
+    scratch = path.with_name(path.name + ".part")
+    try:
+        with open(scratch, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(scratch, path)
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+        raise UserError(
+            f"cannot write {path} (is the disk full?): {error}; nothing was changed there"
+        ) from error
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value) -> None:
+    with atomic_write(path) as file:
+        file.write(json.dumps(value).encode() + b"\n")
+
+
+def save_checkpoint(path: Path, checkpoint: dict) -> None:
+    """Write a dictionary of tensors and plain values, all of it or nothing."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(path) as file:
+        torch.save(checkpoint, file)
+
+
+def load_checkpoint(path: Path, kind: str) -> dict:
+    """Read the dictionary that `save_checkpoint` wrote, on the CPU. `kind`: its "kind" entry.
+
+    Raises UserError where the file is missing, damaged or of another kind.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"there is no {kind} at {path}: train one with python train.py")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged file fails in many ways: in zip, pickle or torch
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{path} is damaged or no checkpoint ({reason}): remove it") from error
+    if not isinstance(checkpoint, dict) or checkpoint.get("kind") != kind:
+        raise UserError(f"{path} is not the checkpoint of a {kind}")
+    return checkpoint

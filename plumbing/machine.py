@@ -1,0 +1,160 @@
+"""The machine: its device, the dtypes it is fast in, its clock, and the memory of the C library."""
+
+import ctypes
+import math
+import time
+from contextlib import nullcontext
+
+import torch
+
+from plumbing.cli import UserError
+
+
+def choose_device(name: str) -> torch.device:
+    """`auto`: CUDA where there is one, else the CPU. Asked for and absent: UserError."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UserError(f"unknown device {name!r}: auto, cpu or cuda") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: this machine shows torch no CUDA GPU; use --device cpu")
+    if device.index is not None and device.index >= torch.cuda.device_count():
+        raise UserError(f"--device {name}: there are {torch.cuda.device_count()} CUDA GPUs")
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"--device {name}: only cpu and cuda are supported")
+    if device.index is not None and device.type == "cuda":
+        torch.cuda.set_device(device)  # so that this is the one that is waited for and timed
+    return device
+
+
+def describe_device(device: torch.device) -> str:
+    if device.type == "cuda":
+        return f"cuda ({torch.cuda.get_device_name(device)})"
+    return f"cpu ({torch.get_num_threads()} threads)"
+
+
+def bfloat16_cost(device: torch.device) -> float:
+    """The time of a matrix product in bfloat16, in units of float32's: measured on CPUs.
+
+    A third, where there are instructions for matrices of bfloat16; over twice, where there are some
+    for vectors; many times, where there are none.
+    """
+    if device.type == "cuda":
+        return 0.5 if torch.cuda.is_bf16_supported(including_emulation=False) else math.inf
+    best = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        a = torch.randn(512, 512, dtype=dtype)
+        best[dtype] = math.inf
+        for _ in range(5):
+            start = time.perf_counter()
+            a @ a
+            best[dtype] = min(best[dtype], time.perf_counter() - start)
+    return best[torch.bfloat16] / best[torch.float32]
+
+
+class Autocast:
+    """`with autocast(): ...` computes in `dtype` where torch can, unless that is float32 anyway."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype):
+        self.device, self.dtype = device, dtype
+
+    def __call__(self):
+        low = self.dtype != torch.float32
+        return torch.autocast(self.device.type, self.dtype) if low else nullcontext()
+
+
+def choose_autocast(name: str, device: torch.device) -> Autocast:
+    """The dtype to train in: bfloat16 where it is asked for, or `auto` and clearly faster."""
+    fast = bfloat16_cost(device) < 0.7
+    low = name == "bfloat16" or name == "auto" and fast
+    reason = "bfloat16 is " + ("faster here" if fast else "not faster here")
+    print(f"{describe_device(device)}, {'bfloat16 autocast' if low else 'float32'} ({reason})")
+    return Autocast(device, torch.bfloat16 if low else torch.float32)
+
+
+def compile_layers(target) -> None:
+    """Have torch compile the layers of a target; where that fails, say so and go on without."""
+    torch._dynamo.config.recompile_limit = 64  # one for each way to call a layer: with a mask, ...
+    tokens = torch.zeros(1, 4, dtype=torch.long, device=target.embed.weight.device)
+    nodes = torch.eye(4, dtype=torch.bool, device=tokens.device)
+    for block in target.blocks:
+        block.compile(dynamic=True)
+    try:
+        with torch.inference_mode():  # as decoding calls it: a prompt, a token, a tree
+            cache = target.new_cache(16)
+            target(tokens, cache)
+            target(tokens[:, :1], cache)
+            target(tokens, cache, tokens[0] + 5, nodes)
+    except Exception as error:  # no compiler, an unsupported Python: many reasons, one remedy
+        torch.compiler.set_stance("force_eager")
+        reason = " ".join(str(error).split())[:100]
+        print(f"--compile does not work here ({reason}): going on without")
+
+
+def synchronized_time(device: torch.device) -> float:
+    """Seconds, once the device has finished its work."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+class Stopwatch:
+    """Seconds per phase. On CUDA, where calls return before the work is done, by its events."""
+
+    def __init__(self, device: torch.device):
+        self.cuda = device.type == "cuda"
+        self.laps = [("start", self.now())]
+
+    def now(self):
+        if not self.cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def lap(self, phase: str) -> None:
+        self.laps.append((phase, self.now()))
+
+    def seconds(self, last: int | None = None) -> dict[str, float]:
+        """Of each phase in all, or in the `last` laps only."""
+        if self.cuda:
+            torch.cuda.synchronize()
+        total = dict.fromkeys(("prefill", "draft", "verify", "other", "callback"), 0.0)
+        laps = self.laps if last is None else self.laps[-last - 1 :]
+        for (_, begin), (phase, end) in zip(laps, laps[1:]):
+            total[phase] += begin.elapsed_time(end) / 1000 if self.cuda else end - begin
+        return total
+
+
+def glibc():
+    """The C library, where it is glibc: on Linux."""
+    try:
+        libc = ctypes.CDLL("libc.so.6")
+        return libc if hasattr(libc, "mallopt") and hasattr(libc, "malloc_trim") else None
+    except OSError:
+        return None
+
+
+def keep_heap() -> None:
+    """Ask glibc to keep freed memory: a training step frees and takes the same gigabyte again.
+
+    Memory that is handed back to the system is cleared by it: 10 % of the training time on two
+    cores. Outside Linux there is nothing to do.
+    """
+    if libc := glibc():
+        # M_MMAP_THRESHOLD: take large blocks from the heap as well, but not the largest: their
+        # sizes vary, and the gaps would fill 24 GB. Old versions refuse more than 32 MB.
+        libc.mallopt(-3, 34 << 20) or libc.mallopt(-3, 32 << 20)
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: and never shrink it
+
+
+def trim_heap() -> None:
+    """Give unused memory between blocks in use back to the system.
+
+    Batches differ in their number of tokens to learn, so blocks differ in size, and the gaps
+    between them would grow to gigabytes.
+    """
+    if libc := glibc():
+        libc.malloc_trim(0)

@@ -1,0 +1,253 @@
+"""The worth of each ingredient: heads that differ from the recipe in one thing, trained alike.
+
+KOALA's claim is about two ingredients together, K layers and adversarial training. Here each is
+removed or changed alone. Two other causes of a gain are tried as well: more parameters (one layer
+as large as two), and training on the head's own guesses. All cells have the same target, number of
+tokens and batches, in the same order.
+
+Figures are from held-out text, along which the heads draft (`drafts.measure_acceptance`). They help
+to choose and prove nothing: the best of many cells is lucky as well.
+
+A chosen question is written into LOG.md first. Then its cells are trained in several seeds, and
+seeds are compared in pairs: `--cells eagle-koala eagle-k2 --seeds 1 2 3 4 5`. At last bench.py
+decodes texts on which nothing was chosen.
+"""
+
+import statistics
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+
+import torch
+
+from draft_head import HeadConfig, build_head
+from drafts import DRAFT_POSITIONS, chain_paths, expected_length, walk
+from plumbing.cli import UserError, option, parse, run
+from plumbing.curves import read_log
+from plumbing.files import load_checkpoint, write_json
+from plumbing.machine import choose_autocast, choose_device, keep_heap
+from plumbing.progress import check_same
+from recipe import KOALA_WEIGHT, PRESETS, TrainConfig, head_settings
+from sampling import acceptance
+from study.report import JUDGED, ablation_table, plot_games
+from targets.runs import find_run, load_target, settings_of
+from targets.text import packages_for, read_text
+from train import head_data, train_head
+
+ORIGINAL = dict(layers=1, adversarial_weight=0.0)
+SUPERVISED = dict(adversarial_weight=0.0)  # the recipe's head without its discriminator
+OWN = dict(own_steps=3, own_from=0.6, joint_from=0.6)
+# Each cell's changes to the recipe's KOALA head: K = 2, lambda = 0.1, a learnt discriminator.
+CELLS = {
+    "medusa-original": ORIGINAL,
+    "medusa-k2": SUPERVISED,
+    "medusa-k3": SUPERVISED | dict(layers=3),
+    "medusa-koala": {},
+    "medusa-exact": dict(discriminator="exact"),
+    "eagle-original": ORIGINAL,
+    "eagle-wide": ORIGINAL,  # as many parameters as two layers: see `cell_config`
+    "eagle-k2": SUPERVISED,
+    "eagle-k3": SUPERVISED | dict(layers=3),
+    "eagle-koala": {},
+    "eagle-lambda-0.03": dict(adversarial_weight=0.03),
+    "eagle-lambda-0.3": dict(adversarial_weight=0.3),
+    # A game out of balance: D takes large steps, and the head follows D more than the target.
+    "eagle-unbalanced": dict(discriminator_lr=0.05, adversarial_weight=10.0),
+    "eagle-exact": dict(discriminator="exact"),
+    "eagle-own-original": ORIGINAL | OWN,
+    "eagle-own-k2": SUPERVISED | OWN,
+    "eagle-own-nofeature": SUPERVISED | OWN | dict(feature_weight=0.0),
+    "eagle-own-koala": OWN,
+}
+# The control of a cell, where it is not `k2`. Committed results hold a cell that is gone,
+# eagle-own-window: its comparison stays.
+CONTROLS = dict.fromkeys(["original", "wide", "k2", "k3", "own-original"], "original")
+CONTROLS |= dict.fromkeys(["own-nofeature", "own-koala", "own-window"], "own-k2")
+GAMES = "eagle-koala", "eagle-unbalanced"  # a healthy game and an unhealthy one, side by side
+# Student's t: half the width of a mean's 95 % interval in standard errors, by number of values.
+STUDENT = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}
+RATIOS = ("tau_estimate", "tau_sampled", "tau_tuned")  # figures that are compared between cells
+TEMPERATURES = (0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2, 1.4)  # temperatures of q that are tried
+
+
+@dataclass(frozen=True)
+class AblationConfig:
+    out_dir: str | None = option(None, "the run's folder; default: the newest under out/")
+    preset: str = option("cpu", "the recipe of that run's heads", choices=[*PRESETS])
+    cells: list[str] | None = option(None, f"of {', '.join(CELLS)}; default: all", nargs="+")
+    seeds: list[int] | None = option(
+        None, "to train and to show, no others; default: train the run's, show all", nargs="+"
+    )
+    head_tokens: int | None = option(None, "tokens the recipe's head trains on; default: its own")
+    head_data_tokens: int | None = option(None, "tokens of hidden states; default: the recipe's")
+    device: str = option("auto", "auto, cpu or cuda")
+    dtype: str = option("auto", "to compute in", choices=["auto", "float32", "bfloat16"])
+
+    def __post_init__(self):
+        unknown = sorted(set(self.cells or ()) - set(CELLS))
+        if unknown:
+            raise UserError(f"unknown cell {unknown[0]!r}: choose from {', '.join(CELLS)}")
+
+
+def recipe_of(config: AblationConfig, folder: Path, checkpoint: dict) -> TrainConfig:
+    """The run's settings: the target's from its checkpoint, the heads' from the preset."""
+    known = settings_of(folder / "target.pt", checkpoint)
+    preset = "pretrained" if "source" in known else config.preset
+    if "source" in known:
+        # The heads learn from all text that this target has written by now.
+        known = {"target": known["source"], "target_context": known["target_context"]}
+        known |= {"written_tokens": 1}
+    names = {field.name for field in fields(TrainConfig)}
+    values = PRESETS[preset] | {k: v for k, v in known.items() if k in names} | {"preset": preset}
+    given = {"head_tokens": config.head_tokens, "head_data_tokens": config.head_data_tokens}
+    values |= {name: value for name, value in given.items() if value is not None}
+    return TrainConfig(**values, out_dir=str(folder), device=config.device, dtype=config.dtype)
+
+
+def cell_config(recipe: TrainConfig, cell: str, seed: int, target) -> TrainConfig:
+    """The configuration of one head. Its files lie in the run's folder, under ablation/."""
+    flags = dict(layers=2, adversarial_weight=KOALA_WEIGHT) | CELLS[cell]
+    if cell == "eagle-wide":
+        one, two = (build_head(HeadConfig("eagle", k), target) for k in (1, 2))
+        more = sum(w.numel() for w in two.parameters()) - sum(w.numel() for w in one.parameters())
+        width = target.config.width
+        flags["head_mlp_width"] = target.config.mlp_width + round(more / (3 * width))
+    name, folder = f"{cell}-seed{seed}", str(recipe.folder / "ablation")
+    return replace(recipe, **flags, head=name, seed=seed, out_dir=folder).of_head(cell)
+
+
+# -------------------------------------------------------------------------------- the result
+
+
+@torch.no_grad()
+def alpha_by_temperature(target, head, batch, stride: int = 16) -> dict:
+    """alpha (TEMPERATURES, P) along text, with q's logits divided by each of the temperatures."""
+    tokens, hidden, learn = batch
+    positions = min(DRAFT_POSITIONS, head.max_draft or DRAFT_POSITIONS)
+    drafts, total = 0, torch.zeros(len(TEMPERATURES), positions, dtype=torch.float64)
+    for start, i, logits in walk(head, tokens, hidden, positions, stride):
+        use = learn[:, start + 1 : start + positions + 1].all(1)
+        drafts += use.sum().item() if i == 0 else 0
+        p = target.lm_head(hidden[use, start + i]).float().softmax(-1)
+        p = head.vocabulary.rows(p.T).T  # of the tokens that the head can guess
+        for row, temperature in zip(total, TEMPERATURES):
+            row[i] += acceptance(p, (logits[use].float() / temperature).softmax(-1)).sum().item()
+    return {"heated": (total / drafts).tolist()}
+
+
+def figures(record: dict, folder: Path) -> dict:
+    """The figures that are kept of one head.
+
+    `tau_estimate` is the acceptance length of greedy drafts, `tau_sampled` that at temperature 1.
+    `tau_tuned` is the latter with q at its best temperature, `heat`. A loss gains nothing there by
+    only making q sharper or flatter. The discriminator's last figures are from its log.
+    """
+    kept = {key: value for key, value in record["valid"].items() if isinstance(value, float)}
+    # A chain's rates: one guess at each position.
+    heated = [[[alpha] for alpha in alphas] for alphas in record["valid"]["heated"]]
+    lengths = [expected_length(rates, chain_paths(len(rates))) for rates in heated]
+    kept["tau_sampled"] = lengths[TEMPERATURES.index(1.0)]
+    kept["tau_tuned"], kept["heat"] = max(zip(lengths, TEMPERATURES))
+    kept |= {key: record[key] for key in ("parameters", "seconds", "kept_step")}
+    kept["head_tokens"] = record["settings"]["head_tokens"]
+    log = read_log(folder / f"{record['name']}.csv")
+    return kept | {key: log[key][1][-1] for key in JUDGED if log.get(key)}
+
+
+def collect(folder: Path, target_print: str, seeds: list[int] | None) -> dict:
+    """results[cell][seed] of the heads trained so far, of these seeds; None: of all.
+
+    Raises UserError for a head of another target.
+    """
+    results = {}
+    for cell in CELLS:
+        for path in sorted(folder.glob(f"{cell}-seed*.pt")):
+            seed = path.stem.removeprefix(f"{cell}-seed")
+            if seed.isdigit() and (seeds is None or int(seed) in seeds):  # not one in training
+                head = load_checkpoint(path, "draft head")
+                if head["target"] != target_print:
+                    raise UserError(f"{path} was trained for another target: remove it")
+                results.setdefault(cell, {})[int(seed)] = figures(head["training"], folder)
+    return results
+
+
+def student_interval(values: list[float]) -> list[float]:
+    """The mean, and half the width of its 95 % interval (Student's t) for more than one value."""
+    mean, count = statistics.mean(values), len(values)
+    if count == 1:
+        return [mean]
+    return [mean, STUDENT.get(count, STUDENT[10]) * (statistics.stdev(values) / count**0.5)]
+
+
+def control_of(cell: str) -> str:
+    """The cell that this one is compared with: the same without one ingredient."""
+    kind, name = cell.split("-", 1)
+    return f"{kind}-{CONTROLS.get(name, 'k2')}"
+
+
+def compared(results: dict) -> dict:
+    """From results[cell][seed] to each cell's heads, its control, and the ratios to the control.
+
+    A ratio is a mean over the seeds that both cells have, and half the width of its interval.
+    """
+    cells = {}
+    for cell, heads in results.items():
+        other, row = control_of(cell), {"heads": heads, "against": None, "ratios": {}}
+        controls = results.get(other, {})
+        seeds = sorted(heads.keys() & controls.keys())
+        if seeds and other != cell:
+            row["against"] = other
+            for key in RATIOS:
+                ratios = [heads[seed][key] / controls[seed][key] for seed in seeds]
+                row["ratios"][key] = student_interval(ratios)
+        cells[cell] = row
+    return cells
+
+
+# -------------------------------------------------------------------------------------- main
+
+
+def main() -> None:
+    config = parse(AblationConfig, about=__doc__)
+    run_folder, device = find_run(config.out_dir), choose_device(config.device)
+    target, checkpoint = load_target(run_folder / "target.pt", device)
+    fingerprint = checkpoint["fingerprint"]
+    recipe = recipe_of(config, run_folder, checkpoint)
+    autocast = choose_autocast(recipe.dtype, device)
+    keep_heap()
+    text = None
+    if recipe.needs_text:
+        text = read_text(recipe.data, packages_for(recipe.target_vocab))
+        known = settings_of(run_folder / "target.pt", checkpoint)
+        check_same(run_folder / "target.pt", known, {"text": text.description["hash"]})
+        text.use(checkpoint["tokenizer"])
+    folder, data = recipe.folder / "ablation", {}
+    folder.mkdir(exist_ok=True)
+
+    for cell in config.cells or CELLS:
+        own = recipe.of_head(cell)
+        for seed in config.seeds or [recipe.seed]:
+            one = cell_config(recipe, cell, seed, target)
+            path = folder / f"{one.head}.pt"
+            wanted = head_settings(one, one.head, fingerprint)
+            if path.is_file():
+                check_same(path, settings_of(path, load_checkpoint(path, "draft head")), wanted)
+                print(f"{one.head}: trained already")
+                continue
+            if own.head_data not in data:
+                data[own.head_data] = head_data(own, target, checkpoint, text, autocast)
+            windows = data[own.head_data]
+            train_head(one, one.head, target, wanted, *windows, autocast, alpha_by_temperature)
+    results = collect(folder, fingerprint, config.seeds)
+    # "equal": the first edition could also train all cells for equal seconds.
+    result = {"target": fingerprint, "equal": "tokens", "cells": compared(results)}
+    name, shown = "ablation-tokens", ablation_table(result)
+    write_json(folder / f"{name}.json", result)
+    (folder / f"{name}.md").write_text(shown + "\n")
+    logs = {cell: folder / f"{cell}-seed{recipe.seed}.csv" for cell in GAMES}
+    if all(path.is_file() for path in logs.values()):
+        plot_games(logs, folder / "games.png")
+    print(f"\nOn held-out text:\n\n{shown}\n\nwritten: {folder}/{name}.json and .md")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,239 @@
+"""The prompts that a benchmark decodes: passages of held-out text, or questions to a chat model.
+
+Acceptance depends on the text, so results are given by task. A model of plain text continues
+passages of the text kept for testing. Its tasks are `code` (function bodies), `docstring` (prose
+inside code) and `docs` (reference prose). A chat model answers the questions of prompts.jsonl. No
+head is ever trained on them. Source: Spec-Bench, arXiv 2401.07851.
+"""
+
+import ast
+import hashlib
+import json
+import re
+from collections import Counter, defaultdict
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import tiktoken
+
+from plumbing.cli import UserError
+from speculate import check_prompt, generate
+from study.statistics import is_loop
+from targets.bpe import encode, encode_prompt
+from targets.runs import settings_of
+from targets.text import Document, Text, packages_for
+
+QUESTIONS = Path(__file__).with_name("prompts.jsonl")
+PROMPT_TOKENS = 64
+CANDIDATES = 1500  # prompts to look for, in all tasks together
+MIN_PROMPTS = 5  # a task with fewer prompts is left out
+
+# --------------------------------------------------------------------- questions to a chat model
+
+
+@dataclass(frozen=True)
+class Question:
+    """One conversation: the user's words, turn by turn. They do not depend on the answers."""
+
+    category: str
+    turns: list[str]
+    split: str = "test"
+
+
+def read_questions(path: Path) -> list[Question]:
+    """The questions of a file with one JSON object a line, as in Spec-Bench and MT-bench.
+
+    Raises UserError, naming the line, for an object without `turns`.
+    """
+    questions = []
+    for number, line in enumerate(path.read_text("utf-8").splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            turns = row["turns"]
+            texts = turns if isinstance(turns, list) else []
+            if not texts or not all(isinstance(text, str) and text.strip() for text in texts):
+                raise ValueError("its turns are not texts")
+        except (ValueError, KeyError, TypeError) as error:
+            reason = f"no {error}" if isinstance(error, KeyError) else error
+            raise UserError(f"{path}, line {number} is no question: {reason}") from error
+        questions.append(Question(row.get("category", "file"), texts, row.get("split", "test")))
+    return questions
+
+
+# ------------------------------------------------------------------------ passages of a text
+
+
+def passages(document: Document) -> list[tuple[str, str]]:
+    """The (task, text) pieces of a document that a prompt can be cut from."""
+    if document.task:  # prose: the first paragraph, then others at least 1,000 characters apart
+        starts = [0]
+        for match in re.finditer(r"\n\n(?=\S)", document.text):
+            if match.end() >= starts[-1] + 1000:
+                starts.append(match.end())
+        return [(document.task, document.text[start : start + 1000]) for start in starts]
+    try:
+        tree = ast.parse(document.text)
+    except (SyntaxError, ValueError):
+        return []
+    lines, found = re.split(r"(?<=\n)", document.text), []
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    for node in ast.walk(tree):
+        prose = ast.get_docstring(node) if isinstance(node, documented) else None
+        if prose:
+            found.append(("docstring", prose))
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            body = node.body[1:] if prose else node.body
+            if body:
+                found.append(("code", "".join(lines[body[0].lineno - 1 : node.end_lineno])))
+    return found
+
+
+def in_turn(candidates: list, kinds: list[str]) -> list:
+    """The first candidate of each kind, then the second of each, ..: so a part has all kinds."""
+    seen, places = Counter(), []
+    for kind in kinds:
+        seen[kind] += 1
+        places.append(seen[kind])
+    return [one for _, one in sorted(zip(places, candidates), key=lambda pair: pair[0])]
+
+
+def from_documents(
+    documents: list[Document], encoding: tiktoken.Encoding, count: int, length: int = PROMPT_TOKENS
+) -> tuple[list[tuple[str, list[int]]], list[str]]:
+    """About `count` prompts of `length` tokens, shared out evenly between the tasks, in turn.
+
+    Returns ([(task, tokens), ..], the tasks left out for want of prompts). A hash of its text
+    decides whether a passage is taken: so the choice is fixed, yet spread widely.
+    """
+    found = defaultdict(dict)
+    for document in documents:
+        for task, text in passages(document):
+            if len(text) >= length:  # a token is at least one byte
+                order = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+                found[task][order] = text
+    prompts, left_out = [], []
+    for task, texts in sorted(found.items()):
+        share = -(-count // len(found))  # rounded up
+        pieces = (encode(encoding, texts[order])[:length] for order in sorted(texts))
+        taken = list(islice((piece for piece in pieces if len(piece) == length), share))
+        if len(taken) < min(MIN_PROMPTS, share):
+            left_out.append(task)
+        else:
+            prompts += [(task, tokens) for tokens in taken]
+    return in_turn(prompts, [task for task, _ in prompts]), left_out
+
+
+# ------------------------------------------------------------------- the prompts of a benchmark
+
+
+def held_out_text(trained: dict, split: str) -> Text | None:
+    """One split of the text that a target was trained on; None for a target trained elsewhere.
+
+    `trained`: the target's checkpoint. Raises UserError where the text has changed since.
+    """
+    about, settings = trained["training"], settings_of(Path("target.pt"), trained)
+    if "data" not in about:
+        return None
+    text = Text(settings["data"], packages_for(settings["target_vocab"]), (split,))
+    if text.description["hash"] != about["data"]["hash"]:
+        raise UserError("the text has changed since the target was trained: its split is unknown")
+    text.use(trained["tokenizer"])
+    return text
+
+
+def from_file(path: Path) -> list[Question]:
+    """The questions of a .jsonl file; of any other file each line, as a question."""
+    try:
+        if path.suffix == ".jsonl":
+            return read_questions(path)
+        lines = path.read_text("utf-8").splitlines()
+        return [Question("file", [line]) for line in lines if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--prompts_file {path}: {error}") from error
+
+
+def load_prompts(config, target, text: Text | None, encoding) -> list:
+    """Candidates, each (task, tokens) or a question: of --prompts_file, or of this --split.
+
+    A chat model's split has questions of prompts.jsonl, any other's has passages of held-out text.
+    """
+    if config.prompts_file is not None:
+        found = from_file(Path(config.prompts_file))
+    elif target.chat is not None:
+        found = [q for q in from_file(QUESTIONS) if q.split == config.split]
+        found = in_turn(found, [q.category for q in found])
+    elif text is None:
+        raise UserError("this target has no held-out text of its own: give --prompts_file")
+    else:
+        found, left_out = from_documents(text.documents[config.split], encoding, CANDIDATES)
+        if left_out:
+            print(f"left out for want of prompts: {', '.join(left_out)}")
+    if config.prompts_file is not None and target.chat is None:
+        found = [(q.category, encode_prompt(encoding, q.turns[0])) for q in found]
+    if not found:
+        raise UserError("there is no prompt to measure with: give more text, or --prompts_file")
+    return found
+
+
+def check_prompts(config, target, depth: int, prompts: list) -> list[int]:
+    """How many new tokens each prompt has room for.
+
+    Raises UserError, before any time is spent, for a prompt without room for a whole cycle.
+    """
+    rooms = []
+    for candidate in prompts:
+        asked = isinstance(candidate, Question)
+        prompt = target.chat.prompt(candidate.turns[:1]) if asked else candidate[1]
+        check_prompt(target.config, prompt)
+        room = min(config.max_new_tokens, target.config.context - len(prompt))
+        if room < depth + 2:
+            raise UserError(f"a prompt has room for {room} new tokens, a cycle needs {depth + 2}")
+        rooms.append(room)
+    return rooms
+
+
+def choose_prompts(config, target, candidates: list) -> tuple[list, dict]:
+    """The first `num_prompts` candidates whose plain text is free of loops, and a few that loop.
+
+    A candidate is (task, tokens) or a `Question`. All turns of a question are played: each is a
+    prompt, which holds the answers before it. Returns (prompts, counts). A prompt is (task, tokens,
+    number of its candidate). The counts: texts decoded, and texts that looped.
+    """
+    free, loops = [], []
+
+    def plain_text(number: int, task: str, prompt: list[int]) -> list[int]:
+        check_prompt(target.config, prompt)
+        tokens = generate(target, prompt, seed=config.seed, **request_of(config, target)).tokens
+        # Two tokens are one cycle at least; a shorter text says nothing about decoding.
+        if len(tokens) > 2:
+            (loops if is_loop(tokens) else free).append((task, prompt, number))
+        return tokens
+
+    for number, candidate in enumerate(candidates):
+        if isinstance(candidate, Question):
+            said = []
+            for turn in candidate.turns:
+                said.append(turn)
+                prompt = target.chat.prompt(said)
+                if len(said) > 1 and len(prompt) + config.max_new_tokens > target.config.context:
+                    break  # it has outgrown the window: its earlier turns count
+                answer = plain_text(number, candidate.category, prompt)
+                answer = [token for token in answer if token != target.chat.stop]
+                said.append(target.chat.encoding.decode(answer))
+        else:
+            plain_text(number, *candidate)
+        if len(free) >= config.num_prompts:
+            break
+    counts = {"candidates": len(free) + len(loops), "looped": len(loops)}
+    print(f"{counts['looped']} of {counts['candidates']} candidate prompts end in a loop")
+    return free + loops[: max(1, config.num_prompts // 4)], counts
+
+
+def request_of(config, target) -> dict:
+    """The arguments of `generate` for every text. A chat model stops when its answer ends."""
+    stop = None if target.chat is None else target.chat.stop
+    sampling = dict(temperature=config.temperature, top_k=config.top_k, top_p=config.top_p)
+    return sampling | dict(max_new_tokens=config.max_new_tokens, stop_token=stop)

@@ -1,0 +1,288 @@
+"""Results as Markdown tables and as plots: `python -m study.report` writes those of results/.
+
+Every figure comes from a result of bench.py or study/ablation.py; nothing is computed here but
+means and ratios. The tables of README and RESULTS.md are written from results/*.json, and a test
+compares them.
+"""
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+
+from plumbing.curves import colours, read_log
+
+# Each target's measurements of a second layer: eagle-koala against eagle in a benchmark, and
+# eagle-k2 against eagle-original in ablations.
+GAINS = {"small GPT, 16 layers": ("cpu-greedy", ["ablation-pairs", "ablation-long"])}
+GAINS |= {"SmolLM2, 30 layers": ("smollm2-greedy", [])}
+# The benchmarks of README's table.
+SUMMARY = {"cpu-greedy": "small GPT, greedy", "cpu-sampled": "small GPT, temperature 1"}
+SUMMARY |= {"smollm2-greedy": "SmolLM2-135M, greedy"}
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "results"
+DOCUMENTS = (ROOT / "README.md", ROOT / "RESULTS.md")
+# The discriminator's figures, see discriminator.py, and their names in tables.
+JUDGED = {"share_found": "share", "gradient_ratio": "gradients", "cosine": "cosine"}
+# Of all plots: their text can be read when they are shown at half size.
+STYLE = {"font.size": 12, "axes.titlesize": 13, "legend.frameon": False, "savefig.dpi": 120}
+STYLE |= {"figure.constrained_layout.use": True, "axes.grid": True, "grid.alpha": 0.3}
+STYLE |= {"axes.axisbelow": True, "hatch.color": "white"}
+
+# ---------------------------------------------------------------------------------------- tables
+
+
+def table(header: str, rows: list[list]) -> str:
+    """A Markdown table. `header`: the names of its columns, with " | " between them."""
+    names = header.split(" | ")
+    header, *body = [f"| {' | '.join(map(str, cells))} |" for cells in [names, *rows]]
+    return "\n".join([header, "|" + "---|" * len(names), *body])
+
+
+def with_interval(value: float, interval: list[float], digits: int = 2) -> str:
+    """A figure with its 95 % interval behind it."""
+    low, high = interval
+    return f"{value:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+
+
+def draft_name(method: dict) -> str:
+    gamma, nodes = method["gamma"], method["nodes"]
+    size = f"tree of {nodes}, {gamma} deep" if nodes else f"chain of {gamma}"
+    return size + (" (chosen)" if method["chosen"] else "")
+
+
+def ablation_table(result: dict) -> str:
+    """An ablation's cells, means over seeds. All taus are estimates, on held-out text."""
+    rows = []
+    for cell, row in result["cells"].items():
+        heads = list(row["heads"].values())
+        mean = {key: np.mean([head[key] for head in heads]) for key in heads[0]}
+        tau = f"{mean['tau_sampled']:.3f} ({mean['tau_tuned']:.3f} at {mean['heat']:.2g})"
+        ratio = {k: " ± ".join(f"{x:.4f}" for x in pair) for k, pair in row["ratios"].items()}
+        sampled = f"{ratio['tau_sampled']} ({ratio['tau_tuned']})" if ratio else ""
+        judged = [f"{name} {mean[key]:.2f}" for key, name in JUDGED.items() if key in mean]
+        cells = [cell, len(heads), f"{mean['parameters'] / 1e6:.2f} M"]
+        cells += [f"{mean['head_tokens'] / 1e6:.2f} M", f"{mean['seconds'] / 60:.1f}"]
+        cells += [f"{mean['agree_1']:.3f}, {mean['agree_4']:.3f}", f"{mean['tau_estimate']:.3f}"]
+        cells += [tau, row["against"] or "", ratio.get("tau_estimate", ""), sampled]
+        rows.append([*cells, ", ".join(judged)])
+    header = "cell | seeds | parameters | tokens | minutes | agreement 1, 4 | tau, greedy | "
+    header += "tau at temperature 1 (q at its best) | against | ratio, greedy | "
+    return table(header + "ratio at temperature 1 (q at its best) | discriminator", rows)
+
+
+def conditions(result: dict) -> str:
+    """A benchmark's conditions, in one line."""
+    figures, config, candidates = result["figures"], result["config"], result["candidates"]
+    few = "" if figures["loop_free"] >= 30 else " (FEWER THAN 30: no headline figure)"
+    loops = "" if figures["headline"] == "loop-free" else ", SO ALL ARE USED"
+    how = "greedy" if config["temperature"] == 0 else f"temperature {config['temperature']:g}"
+    return (
+        f"{figures['loop_free']} loop-free prompts ({candidates['looped']} of "
+        f"{candidates['candidates']} candidates looped){few}{loops} x {config['max_new_tokens']} "
+        f"tokens, {how}, {config['runs']} runs, seed {config['seed']}; {result['device']}, "
+        f"{result['dtype']}; plain decoding {figures['autoregressive_tokens_per_second']:.0f} "
+        f"tokens/s, {result['baseline_share']:.0%} of a bare loop."
+    )
+
+
+def bench_tables(result: dict, fold: bool = False) -> str:
+    """A benchmark's conditions and three tables. `fold`: the last, by task, is shown on a click."""
+    figures, config, rows = result["figures"], result["config"], []
+    greedy = config["temperature"] == 0
+
+    def range_of(low: float, high: float, digits: int) -> str:
+        """The lowest and the highest of the runs; of a single one there is no spread."""
+        return f" ({low:.{digits}f} to {high:.{digits}f})" if config["runs"] > 1 else ""
+
+    for name, f in figures["heads"].items():
+        method, tau = result["methods"][name], with_interval(f["tau"], f["tau_interval"])
+        loops = f"{f['tau_on_loops']:.2f}" if f["tau_on_loops"] else "none"
+        speedup = f"{f['speedup']:.2f}x{range_of(*f['speedup_range'], 2)}"
+        row = [method["head"], draft_name(method), tau, loops, speedup]
+        row += [f"{f['predicted_speedup']:.2f}x", f"{f['c_verify']:.2f} + {f['c_draft']:.2f}"]
+        row += [f"{f['elsewhere']:.1%}"]
+        rows.append(row + ([f"{f['identical']:.0%}"] if greedy else []))
+    header = "head | draft | tau [95 %] | tau on loops | speedup (low to high) | predicted"
+    header += " | c_verify + c_draft | elsewhere" + (" | identical" if greedy else "")
+    parts, rows = [conditions(result), table(header, rows)], []
+    for name, others in figures["comparisons"].items():
+        for f in others:
+            ratio = with_interval(f["tau_ratio"], f["tau_ratio_interval"], 3)
+            speed = f"{f['net_speed']:.3f}{range_of(*f['net_speed_range'], 3)}"
+            rows.append([name, f["with"], ratio, speed, f"{f['predicted']:.3f}"])
+    if rows:
+        header = "this | against | tau ratio [95 %] | net speed (low to high) | predicted"
+        parts.append(table(header, rows))
+    title = "By task (loop-free prompts): tau, speedup measured (and predicted)"
+    parts += [f"<details><summary>{title}</summary>" if fold else title, task_table(result)]
+    return "\n\n".join([*parts, "</details>"] if fold else parts)
+
+
+def task_table(result: dict) -> str:
+    """Of each method and task: tau, and the speedup measured (and predicted)."""
+    heads, rows = result["figures"]["heads"], []
+    tasks = next(iter(heads.values()))["tau_by_task"]
+    counts = Counter(sample["task"] for sample in result["samples"] if not sample["loop"])
+    for name, f in heads.items():
+        method, cost = result["methods"][name], f["c_verify"] + f["c_draft"]
+        row = [method["head"], draft_name(method)]
+        for task in tasks:
+            tau, speedup = f["tau_by_task"].get(task), f["speedup_by_task"].get(task)
+            row.append(f"{tau:.2f}, {speedup:.2f}x ({tau / cost:.2f}x)" if tau else "")
+        rows.append(row)
+    return table(" | ".join(["head", "draft", *(f"{t} ({counts[t]})" for t in tasks)]), rows)
+
+
+def read_result(name: str) -> dict:
+    """A committed result of bench.py or of the ablation."""
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+def summary_table() -> str:
+    """README's table: each target's heads as chains of 4, and the fastest draft measured."""
+    rows = []
+    for name, label in SUMMARY.items():
+        result = read_result(name)
+        heads, methods = result["figures"]["heads"], result["methods"]
+        fastest = max(heads, key=lambda method: heads[method]["speedup"])
+        for method in dict.fromkeys(["eagle", "eagle-koala", fastest]):
+            f, draft = heads[method], draft_name(methods[method]).removesuffix(" (chosen)")
+            tau = with_interval(f["tau"], f["tau_interval"])
+            row = [label, methods[method]["head"], draft, tau, f"{f['speedup']:.2f}x"]
+            rows.append([*row, f"{f['predicted_speedup']:.2f}x"])
+    return table("target, decoding | head | draft | tau [95 %] | speedup | predicted", rows)
+
+
+def with_tables(text: str) -> str:
+    """A document with new tables in each `<!-- results/NAME.json -->` block, from that file.
+
+    A block with `*` for NAME gets the summary.
+    """
+    parts = text.split("<!-- results/")
+    for index, part in enumerate(parts[1:], start=1):
+        name, rest = part.split(".json -->", 1)
+        after = rest[rest.index("<!-- end -->") :]
+        if name == "*":
+            tables = summary_table()
+        else:
+            result = read_result(name)
+            tables = ablation_table(result) if "cells" in result else bench_tables(result, True)
+        parts[index] = f"{name}.json -->\n{tables}\n{after}"
+    return "<!-- results/".join(parts)
+
+
+# ----------------------------------------------------------------------------------------- plots
+
+
+@plt.rc_context(STYLE)
+def plot_games(logs: dict[str, Path], path: Path) -> None:
+    """The course of the game in several runs, a column each. discriminator.py has the figures."""
+    labels = {"d_accuracy": "D is right\n(dashed: bound)", "share_found": "share found\n(cut off)"}
+    labels |= {"cosine": "cosine with\nacceptance", "gradient_ratio": "gradients,\nadv. / sup."}
+    labels |= {"tau_estimate": "tau, estimated\non held-out text"}
+    figure, axes = plt.subplots(5, len(logs), figsize=(9, 10), sharex=True, sharey="row")
+    axes[1, 0].set_ylim(-1, 1)
+    axes[3, 0].set_yscale("log")
+    for column, (name, log) in zip(axes.T, logs.items()):
+        column[0].set_title(name)
+        column[-1].set_xlabel("tokens trained on (millions)")
+        columns, color = read_log(log), colours(list(logs))[name]
+        column[0].plot(*columns["d_accuracy_bound"], ".--", color=color)
+        for axis, key in zip(column, labels):
+            axis.plot(*columns[key], ".-", color=color)
+    for axis, label in zip(axes[:, 0], labels.values()):
+        axis.set_ylabel(label)
+    figure.savefig(path)
+    plt.close(figure)
+
+
+@plt.rc_context(STYLE)
+def plot_bench(result: dict, path: Path) -> None:
+    """Speedup, measured beside predicted, and how acceptance falls along the draft.
+
+    A head has one colour. Its chain has plain bars and lines; its other drafts have hatched bars
+    and dashed lines.
+    """
+    heads, methods = result["figures"]["heads"], result["methods"]
+    colour = colours(list(dict.fromkeys(method["head"] for method in methods.values())))
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.6))
+    for place, (name, f) in enumerate(heads.items()):
+        color, chances = colour[methods[name]["head"]], f["conditional_acceptance"]
+        hatch, line = ("", "o-") if methods[name]["setting"] == "chain" else ("///", "o--")
+        left.barh(place, f["speedup"], color=color, hatch=hatch)
+        left.plot(f["speedup_range"], [place, place], "k|-", markersize=9)
+        right.plot(range(1, len(chances) + 1), chances, line, color=color)
+    places, predicted = range(len(heads)), [f["predicted_speedup"] for f in heads.values()]
+    left.plot(predicted, places, "kD", markersize=5, label="predicted: tau / (c_verify + c_draft)")
+    left.plot([], [], "k|-", markersize=9, label="range of runs")
+    left.barh(0, 0, color="gray", hatch="///", label="another size of draft (right: dashed)")
+    left.axvline(1.0, color="black", linestyle="--", label="plain decoding")
+    left.set_yticks(places, [f"{name}, tau {f['tau']:.2f}" for name, f in heads.items()])
+    left.set(title="speedup", ylim=(len(heads) - 0.5, -0.5))
+    right.set(title="acceptance, given all before", xlabel="draft position", ylim=(-0.02, 1.02))
+    right.set_xticks(range(1, max(method["gamma"] for method in methods.values()) + 1))
+    figure.legend(loc="outside lower center", ncols=2)
+    figure.savefig(path)
+    plt.close(figure)
+
+
+def gains_by_training(result: dict, ablations: list[str]) -> list[tuple]:
+    """Of finished heads: millions of tokens, the ratio of taus, and half of its interval."""
+    one, two = (result["training"][head] for head in ("eagle", "eagle-koala"))
+    trained = two.get("tokens") or sum(r["tokens"] for r in two["rounds"])  # first edition
+    gain = two["valid"]["tau_estimate"] / one["valid"]["tau_estimate"]
+    points = [(trained / 1e6, gain, np.nan)]
+    for row in (read_result(ablation)["cells"]["eagle-k2"] for ablation in ablations):
+        tokens = max(head["head_tokens"] for head in row["heads"].values()) / 1e6
+        mean, *half = row["ratios"]["tau_estimate"]  # a single pair has no interval
+        points.append((tokens, mean, *(half or [np.nan])))
+    return points
+
+
+@plt.rc_context(STYLE)
+def plot_gain(path: Path) -> None:
+    """The gain of eagle-koala over eagle: in speed if layers were cheaper, in tau by training.
+
+    Speed is tau / (c_verify + c_draft). In a target of twice the depth, a draft layer costs half as
+    much of a plain step. So on the left both heads' c_draft shrinks, and tau stays as measured. On
+    the right are finished heads only: the gain differs while the learning rate is high.
+    """
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.6))
+    for color, (name, (bench, ablations)) in zip(("teal", "mediumvioletred"), GAINS.items()):
+        result = read_result(bench)
+        heads, against = result["figures"]["heads"], result["figures"]["comparisons"]["eagle-koala"]
+        ratio, (low, high) = against[0]["tau_ratio"], against[0]["tau_ratio_interval"]
+        verify = heads["eagle-koala"]["c_verify"]
+        one, two = (heads[head]["c_draft"] for head in ("eagle", "eagle-koala"))
+        share = np.geomspace(0.02, 1.5, 100)  # of today's cost of drafting
+        layer, cheaper = share * (two - one), (verify + share * one) / (verify + share * two)
+        left.plot(layer, ratio * cheaper, color=color, label=f"{name}: tau x {ratio:.3f}")
+        left.fill_between(layer, low * cheaper, high * cheaper, color=color, alpha=0.15)
+        left.plot(two - one, ratio * (verify + one) / (verify + two), "o", color=color)
+        right.errorbar(*zip(*gains_by_training(result, ablations)), fmt="o", capsize=4, color=color)
+    left.axhline(1.0, color="gray", linestyle="--", label="as fast as eagle")
+    left.axhline(1.1057, color="gray", linestyle=":", label="the least gain that KOALA reports")
+    left.set(xscale="log", ymargin=0.1)
+    left.set_xticks([0.01, 0.03, 0.1, 0.3], ["0.01", "0.03", "0.1", "0.3"])
+    left.set(title="speed against eagle (dot: measured)", xlabel="cost of layer 2 in plain steps")
+    right.set(title="tau ratio, 2 layers to 1 (bar: 95 %)", xlabel="millions of tokens trained on")
+    right.set(xlim=(0, None), ylim=(1.0, None))
+    right.locator_params(axis="y", nbins=3)
+    figure.legend(loc="outside lower center", ncols=2)
+    figure.savefig(path)
+    plt.close(figure)
+
+
+def main() -> None:
+    for document in DOCUMENTS:
+        document.write_text(with_tables(document.read_text("utf-8")), "utf-8")
+    plot_gain(RESULTS / "koala-gain.png")
+    for name in ("cpu-greedy", "smollm2-greedy"):
+        plot_bench(read_result(name), RESULTS / f"{name}.png")
+
+
+if __name__ == "__main__":
+    main()

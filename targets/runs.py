@@ -1,0 +1,192 @@
+"""Trained runs: a folder with a target and its draft heads, from train.py.
+
+Every file is a dictionary of plain values and tensors. A head knows its target by a fingerprint.
+"""
+
+import copy
+import hashlib
+import statistics
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from costs import LENGTH, Bench
+from draft_head import KINDS, HeadConfig, build_head
+from model import GPT, GPTConfig
+from plumbing.cli import UserError
+from plumbing.files import load_checkpoint, save_checkpoint
+from plumbing.machine import choose_device, compile_layers
+from plumbing.progress import check_same
+from targets.bpe import build_encoding
+from targets.chat import Chat
+
+# Settings of the first edition (up to commit 70beb28) -> their present names.
+OLD_NAMES = {
+    "vocab_size": "target_vocab",
+    "context": "target_context",
+    "num_layers": "target_layers",
+    "width": "target_width",
+    "attention_heads": "target_heads",
+    "mlp_width": "target_mlp_width",
+    "window": "head_window",
+    "supervised_share": "joint_from",
+}
+
+
+def settings_of(path: Path, checkpoint: dict) -> dict:
+    """The training settings of a target or a head at `path`, by their present names.
+
+    Raises UserError for a head that only the first edition could train.
+    """
+    old = checkpoint["training"]["settings"]
+    for name, gone in (("round", "in rounds of --minutes"), ("supervised", "with the LK loss")):
+        if old.get(name) not in (None, "paper"):
+            raise UserError(
+                f"{path} was trained {gone}, which commit 70beb28 was the last to do: "
+                f"it decodes, but to train one like it choose another name"
+            )
+    return {OLD_NAMES.get(name, name): value for name, value in old.items()}
+
+
+# ------------------------------------------------------------------------------ the target
+
+
+def fingerprint(target: GPT) -> str:
+    """A short hash of a target's shape and weights: a draft head knows its target by it."""
+    # Empty fields do not count, so a new field does not disown old heads.
+    shape = {name: value for name, value in asdict(target.config).items() if value != ()}
+    digest = hashlib.sha256(repr(shape).encode())
+    for name, tensor in sorted(target.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().float().contiguous().numpy())
+    return digest.hexdigest()[:16]
+
+
+def save_target(path: Path, target: GPT, tokenizer: dict, training: dict) -> None:
+    """Write a target with its tokenizer and its training record, as plain values."""
+    checkpoint = {"kind": "target", "config": asdict(target.config), "weights": target.state_dict()}
+    checkpoint |= {"tokenizer": tokenizer, "fingerprint": fingerprint(target), "training": training}
+    save_checkpoint(path, checkpoint)
+
+
+def load_target(path: Path, device="cpu", dtype=torch.float32) -> tuple[GPT, dict]:
+    """The target at `path`, frozen, and its checkpoint."""
+    checkpoint = load_checkpoint(path, "target")
+    target = GPT(GPTConfig(**checkpoint["config"]))
+    target.load_state_dict(checkpoint["weights"])
+    if fingerprint(target) != checkpoint["fingerprint"]:
+        raise UserError(f"{path} is damaged: its weights do not match their fingerprint")
+    return target.to(device, dtype).eval().requires_grad_(False), checkpoint
+
+
+def get_target(path: Path, known_by: dict, make: Callable[[], None]) -> dict:
+    """The checkpoint of the target at `path`; where there is none, `make` writes it first.
+
+    `known_by`: the settings it must have been made with. Raises UserError where they differ.
+    """
+    if path.is_file():
+        checkpoint = load_checkpoint(path, "target")
+        check_same(path, settings_of(path, checkpoint), known_by)
+        print("target: there already")
+        return checkpoint
+    make()
+    return load_checkpoint(path, "target")
+
+
+@torch.inference_mode()
+def choose_dtype(name: str, target, device: torch.device) -> tuple[torch.dtype, str]:
+    """The dtype to decode in on `device`, and why. `auto`: the faster one, measured on this target.
+
+    On CUDA that is bfloat16 wherever it is supported. On a CPU it depends on the instructions and
+    on the target's size. So a plain step and a pass over 8 tokens are timed in both dtypes.
+    bfloat16 rounds more coarsely: it has to be a tenth faster.
+    """
+    if name != "auto":
+        return getattr(torch, name), "as asked for"
+    if device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+        return (torch.bfloat16, "supported") if fast else (torch.float32, "bfloat16 unsupported")
+    middle = min(LENGTH, target.config.context // 2)
+    samples = {torch.float32: [], torch.bfloat16: []}
+    benches = {dtype: Bench(copy.deepcopy(target).to(dtype), middle, 8) for dtype in samples}
+    for _ in range(6):
+        for dtype, bench in benches.items():
+            samples[dtype].append(bench.read(1) + bench.read(8))
+    float32, bfloat16 = (statistics.median(values[1:]) for values in samples.values())
+    why = f"a pass in bfloat16 takes {bfloat16 / float32:.1f} times as long as in float32"
+    return (torch.bfloat16 if bfloat16 < 0.9 * float32 else torch.float32), why
+
+
+# ----------------------------------------------------------------------------- a run's folder
+
+
+def find_run(out_dir: str | None) -> Path:
+    """The run's folder; None: the newest one with a target."""
+    if out_dir is not None:
+        return Path(out_dir)
+    targets = sorted(Path("out").glob("*/target.pt"), key=lambda path: path.stat().st_mtime)
+    if not targets:
+        raise UserError(
+            "there is no trained run under out/: run `python train.py` first (about an hour on "
+            "two CPU cores), or `python train.py --preset smoke` (half a minute, writes nonsense)"
+        )
+    return targets[-1].parent
+
+
+def load(out_dir=None, head="eagle-koala", device="auto", dtype="auto", compile=False):
+    """(target, head, encoding) of a trained run, ready for `generate`.
+
+    `out_dir=None` is the newest run; `head` is the name of a head in it, a path, or None.
+    `target.why_dtype` tells why the target has its dtype. `target.chat` is the form of its
+    conversations, a `chat.Chat`; None for a target without conversations.
+    """
+    folder, device = find_run(out_dir), choose_device(device)
+    # Read on the CPU: a GPU need not hold it in float32 as well.
+    target, checkpoint = load_target(folder / "target.pt")
+    chosen, target.why_dtype = choose_dtype(dtype, target, device)
+    target.to(device, chosen)
+    if compile:
+        compile_layers(target)
+    if head is not None:
+        head = load_head(head_path(folder, head), target, checkpoint["fingerprint"])
+    encoding = build_encoding(checkpoint["tokenizer"])
+    target.chat = Chat.of(encoding, checkpoint["tokenizer"])
+    return target, head, encoding
+
+
+def head_path(folder: Path, head: str) -> Path:
+    """The path of a head, by its name or a path. Raises UserError with the names of those here."""
+    path = Path(head) if head.endswith(".pt") else folder / f"{head}.pt"
+    if not path.is_file() and (names := trained_heads(folder)):
+        raise UserError(f"there is no head at {path}; trained here: {', '.join(names)}")
+    return path
+
+
+def save_head(path: Path, head: nn.Module, target_fingerprint: str, training: dict) -> None:
+    """`training`: the record of its training and its held-out figures, as plain values."""
+    checkpoint = {"kind": "draft head", "config": asdict(head.config), "target": target_fingerprint}
+    checkpoint |= {"weights": head.state_dict(), "training": training}
+    save_checkpoint(path, checkpoint)
+
+
+def load_head(path: Path, target: GPT, target_fingerprint: str | None = None) -> nn.Module:
+    """The head at `path`, on the target's device and in its dtype, for decoding.
+
+    Raises UserError for a head of another target: it would draft nonsense.
+    """
+    checkpoint = load_checkpoint(path, "draft head")
+    if checkpoint["target"] != (target_fingerprint or fingerprint(target)):
+        raise UserError(f"{path} was trained for another target: train it anew with train.py")
+    head = build_head(HeadConfig(**checkpoint["config"]), target)
+    head.load_state_dict(checkpoint["weights"])
+    head.training_record = checkpoint["training"]
+    return head.to(target.embed.weight.dtype).eval().requires_grad_(False)
+
+
+def trained_heads(folder: Path) -> list[str]:
+    """The names of the heads in a run's folder."""
+    names = [path.name.removesuffix(".pt") for path in folder.glob("*.pt")]
+    return sorted(n for n in names if n.startswith(tuple(KINDS)) and ".progress" not in n)
