@@ -1,4 +1,4 @@
-"""README is read first and trusted most: what it shows has to be what the code and results say."""
+"""The documents are read first and trusted most: they have to say what code and results say."""
 
 import json
 import re
@@ -7,47 +7,83 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ablation import compared
-from figures import evaluate, is_loop
-from report import README, RESULTS, readme_tables
+from study.ablation import compared
+from study.report import DOCUMENTS, RESULTS, with_tables
+from study.statistics import evaluate, is_loop
 
-ROOT = README.parent
+ROOT = Path(__file__).parent.parent
+README = ROOT / "README.md"
+GUIDES = [*DOCUMENTS, ROOT / "targets/README.md", ROOT / "study/README.md"]
+SCRIPTS = {
+    "train.py": ["recipe.py"],
+    "speculate.py": ["speculate.py"],
+    "bench.py": ["speculate.py", "bench.py"],
+    "study.ablation": ["study/ablation.py"],
+    "study.report": [],
+}
 
 
-def test_readme_tables_are_those_of_the_committed_results():
-    text = README.read_text()
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_tables_are_those_of_the_committed_results(document):
+    text = document.read_text("utf-8")
     assert text.count("<!-- results/") >= 1
-    assert readme_tables(text) == text, "run python bench.py --readme"
+    assert with_tables(text) == text, "run python -m study.report"
+
+
+def test_every_result_has_its_table():
+    text = (ROOT / "RESULTS.md").read_text("utf-8")
+    for path in RESULTS.glob("*.json"):
+        if path.stem not in ("ablation-long", "ablation-seed1"):  # a point of a plot, and of a text
+            assert f"<!-- results/{path.name} -->" in text, path.name
 
 
 def test_every_glossary_name_exists_in_its_file():
-    glossary = README.read_text().split("## Glossary")[1].split("\n## ")[0]
+    glossary = README.read_text("utf-8").split("## Glossary")[1].split("\n## ")[0]
     rows = [line.split("|")[1:-1] for line in glossary.splitlines() if line.startswith("| ")][1:]
     assert len(rows) > 10
-    for _, _, names, _, file in rows:
-        source = (ROOT / file.strip()).read_text()
+    for _, _, names, file, _ in rows:
+        source = (ROOT / file.strip()).read_text("utf-8")
         for name in re.findall(r"`(\w+)`", names):
             assert re.search(rf"\b{name}\b", source), f"{name} is not in {file}"
 
 
-def test_every_link_of_readme_leads_somewhere():
-    for link in re.findall(r"\]\(([^)]+)\)", README.read_text()):
-        if link.startswith("#"):
-            headings = [h.lower() for h in re.findall(r"^#+ (.*)", README.read_text(), re.M)]
-            anchors = [
-                re.sub(r"[^a-z0-9 -]", "", heading).replace(" ", "-") for heading in headings
-            ]
-            assert link[1:] in anchors, link
-        else:
-            assert link.startswith("https://arxiv.org/") or (ROOT / link).exists(), link
+def anchors_of(path: Path) -> list[str]:
+    headings = re.findall(r"^#+ (.*)", path.read_text("utf-8"), re.M)
+    return [re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-") for h in headings]
 
 
-def test_every_flag_in_readme_exists():
-    files = ("recipe.py", "speculate.py", "bench.py", "ablation.py")
-    sources = "".join(Path(ROOT / f).read_text() for f in files)
-    for flag in set(re.findall(r"python \w+\.py[^`\n]*", README.read_text())):
-        for name in re.findall(r"--(\w+)", flag):
-            assert name == "help" or re.search(rf"^    {name}: ", sources, re.M), name
+@pytest.mark.parametrize("guide", [*GUIDES, ROOT / "study/LOG.md"], ids=str)
+def test_every_link_leads_somewhere(guide):
+    for link in re.findall(r"\]\(([^)]+)\)", guide.read_text("utf-8")):
+        if link.startswith("https://arxiv.org/"):
+            continue
+        file, _, anchor = link.partition("#")
+        path = guide.parent / file if file else guide
+        assert path.exists(), link
+        assert not anchor or anchor in anchors_of(path), link
+
+
+@pytest.mark.parametrize("guide", GUIDES, ids=str)
+def test_every_flag_of_a_command_exists(guide):
+    """But for commands that are printed with the commit that still knew them."""
+    for line in guide.read_text("utf-8").splitlines():
+        for command in re.findall(r"python (?:-m )?(?:\w+\.py|study\.\w+)[^`|]*", line):
+            script = command.split()[-1 if len(command.split()) < 2 else 1]
+            script = command.split()[2] if script == "-m" else script
+            if "at commit" in line:
+                continue
+            sources = "".join((ROOT / file).read_text("utf-8") for file in SCRIPTS[script])
+            for flag in re.findall(r"--(\w+)", command):
+                known = flag == "help" or re.search(rf"^    {flag}: ", sources, re.M)
+                assert known, f"{command}: --{flag}"
+
+
+def test_the_notebook_is_newest_first_and_has_an_index():
+    text = (ROOT / "study/LOG.md").read_text("utf-8")
+    dates = re.findall(r"^## .*?(\d{4}-\d\d-\d\d)", text, re.M)
+    assert len(dates) > 40 and dates == sorted(dates, reverse=True)
+    linked = re.findall(r"\]\(#([^)]+)\)", text)
+    assert set(anchors_of(ROOT / "study/LOG.md")[1:]) <= set(linked) | {"index"}
 
 
 def test_results_hold_every_sample_behind_their_figures():
