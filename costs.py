@@ -54,10 +54,9 @@ class Bench:
         """`extra`: the most tokens a pass will read. `sampler`: the rule of drafting, or greedy."""
         self.target, self.length, self.device = target, length, target.embed.weight.device
         self.sampler = sampler or Sampler(self.device)
-        generator = torch.Generator().manual_seed(0)
-        shape = (1, length + extra)
-        vocab = target.config.vocab_size
-        self.tokens = torch.randint(vocab, shape, generator=generator).to(self.device)
+        generator, size = torch.Generator().manual_seed(0), (1, length + extra)
+        tokens = torch.randint(target.config.vocab_size, size, generator=generator)
+        self.tokens = tokens.to(self.device)
         self.cache = target.new_cache(target.config.context + extra)
         self.hidden = target(self.tokens[:, :length], self.cache)
 

@@ -288,14 +288,16 @@ class Eagle(nn.Module):
         states = batch.hidden[:, :-1]
         if self.training:
             states = states + states.std() * 0.1 * (2 * torch.rand_like(states) - 1)
-        length, guesses, passes = states.shape[1], [], Rollout(self.config.layers)
+        length, guesses = states.shape[1], []
+        passes = Rollout(self.config.layers) if own_steps > 1 else None
         cos, sin, mask = self.rotary(0, length)
         for own in range(own_steps):
-            guessed = self.step(batch.tokens[:, 1:-1], states, passes, (cos, sin, mask))
+            if own > 0:  # the guesses of the pass before are read one place further on
+                states = F.pad(states[:, :-1], (0, 0, 1, 0))
+                mask = Rollout.mask(length, own, states.device)
+            states = self.step(batch.tokens[:, 1:-1], states, passes, (cos, sin, mask))
             # (B, T - 1, D), but the first `own` places cannot guess that far ahead.
-            guesses.append(batch.rows(guessed[:, own:], own + 1))
-            states = F.pad(guessed[:, :-1], (0, 0, 1, 0))  # read next, one place further on
-            mask = Rollout.mask(length, own + 1, states.device)
+            guesses.append(batch.rows(states[:, own:], own + 1))
         return Guess(guesses, [self.lm_head()] * own_steps)
 
     def supervised_loss(self, logits, p, state, true, feature_weight=1.0):
