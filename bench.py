@@ -50,7 +50,7 @@ from targets.runs import find_run, head_path, load, load_head
 WARM_UP = 2  # prompts decoded before anything is timed
 # The largest gap between the target's two best logits at which two outputs may part: rounding. (In
 # bfloat16 SmolLM2's own gap changes by 0.5 at one place of a thousand, by 1.0 at one of five
-# thousand, between reading a text token by token and all at once: LOG.md.)
+# thousand, between reading a text token by token and all at once: study/LOG.md.)
 NEAR_TIE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 1.0}
 
 
@@ -203,8 +203,7 @@ def main() -> None:
     print(f"{weight.dtype}: {target.why_dtype}")
     text = held_out_text(trained, config.split)
     candidates = load_prompts(config, target, text, encoding)
-    sampling = config.temperature, config.top_k, config.top_p, config.seed
-    sampler = Sampler(weight.device, *sampling)
+    sampler = Sampler(weight.device, config.temperature, config.top_k, config.top_p, config.seed)
     methods, ready = choose_methods(config, target, heads)
     depth = max(plan.depth for _, plan in ready.values())
     check_prompts(config, target, depth, candidates)

@@ -118,6 +118,8 @@ class TrainConfig:
             raise UserError(f"--draft_vocab must be 0 (all tokens) or at least {RANKS}")
         if (self.head_window or 0) > self.target_context:
             raise UserError(f"--head_window {self.head_window} is beyond --target_context")
+        if self.window <= self.own_steps:
+            raise UserError(f"--own_steps {self.own_steps} need longer windows (--head_window)")
         if (self.preset == "pretrained") != (self.target is not None):
             raise UserError("--preset pretrained and --target go together")
         if self.target is not None and self.head == "none" and self.data:

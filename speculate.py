@@ -150,8 +150,8 @@ class Generation:
 
     @property
     def tokens_per_second(self) -> float:
-        written = len(self.tokens) - 1  # the first token is prefill's
-        return written / self.seconds if written > 0 else math.nan
+        # The first token is prefill's.
+        return (len(self.tokens) - 1) / self.seconds if len(self.tokens) > 1 else math.nan
 
 
 @torch.inference_mode()
@@ -353,9 +353,8 @@ def main() -> None:
         return
     print(compare("speculative", shown, plain))
     if config.temperature == 0:
-        same = shown.tokens == plain.tokens
         different = "different: see README, What lossless means here"
-        print(f"the two outputs are {'identical' if same else different}")
+        print("the two outputs are", "identical" if shown.tokens == plain.tokens else different)
 
 
 if __name__ == "__main__":

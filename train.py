@@ -345,6 +345,7 @@ def train_head(
     if progress.best is None:
         raise UserError(f"{name} diverged: try a lower --head_lr or --adversarial_weight")
     head.load_state_dict(progress.best)
+    seconds = progress.elapsed()
     held_out = measure(len(valid), by_rank=True) | (measure(len(valid), extra) if extra else {})
     record = {
         "name": name,
@@ -354,7 +355,7 @@ def train_head(
         "steps": steps,
         "tokens": steps * tokens_per_step,
         "windows": len(train),
-        "seconds": progress.elapsed(),
+        "seconds": seconds,
         "parameters": sum(p.numel() for p in head.parameters()),
         "coverage": coverage,  # share of held-out text whose tokens it can guess
         "valid": held_out,
@@ -436,9 +437,7 @@ def main() -> None:
         amounts = config.target_tokens, config.batch_tokens, config.target_lr
         how = config.optimizer, config.seed, known_by, autocast
         make = partial(train_target, path, text, config.gpt(), *amounts, *how)
-    checkpoint = get_target(path, known_by, make)
-    if text is not None:
-        text.use(checkpoint["tokenizer"])
+    get_target(path, known_by, make, text)
     if config.heads:
         train_heads(config, text, device, autocast)
 

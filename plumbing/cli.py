@@ -65,8 +65,9 @@ def parse(config_class, argv: list[str] | None = None, presets: dict | None = No
     `about`: the script's docstring, whose first paragraph opens the help.
     """
     argv = sys.argv[1:] if argv is None else argv
-    # --out-dir is --out_dir.
-    argv = [re.sub(r"^--[\w-]+", lambda m: "--" + m[0][2:].replace("-", "_"), w) for w in argv]
+    names = "|".join(field.name.replace("_", "[-_]") for field in dataclasses.fields(config_class))
+    flag = re.compile(rf"^--({names})(?==|$)")  # --out-dir is --out_dir
+    argv = [flag.sub(lambda found: "--" + found[1].replace("-", "_"), word) for word in argv]
     parser = Parser(description=about.split("\n\n")[0], allow_abbrev=False)
     defaults = chosen_preset(argv, presets) if presets else {}
     groups, types = {None: parser}, typing.get_type_hints(config_class)
@@ -99,8 +100,9 @@ def add_flag(parser, field, kind, default) -> None:
     help, details = field.metadata["about"]["help"], dict(field.metadata["argparse"])
     positional = details.pop("positional", False)
     shown = " ".join(map(str, default)) if isinstance(default, (tuple, list)) else default
-    if default is not None and default is not False and "default:" not in help:
-        help = f"{help} (default: {shown})"
+    told = "default:" in help and default == field.default
+    if default is not None and default is not False and not told:
+        help = f"{help.split('; default:')[0]} (default: {shown})"
     if kind is bool:
         details["action"] = "store_true"
     else:  # `int | None` is read as int

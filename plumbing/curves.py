@@ -58,8 +58,7 @@ def plot_training(folder: Path, names: list[str]) -> None:
         first.plot(*read_log(folder / "target.csv")["loss"], color="black")
         first.set(title="Target: training loss", ylabel="cross entropy (nats)")
     else:  # it was trained elsewhere
-        title = "Held-out agreement with the target,\nposition 1 (solid) and 4 (dashed)"
-        first.set(title=title, ylabel="share")
+        first.set(title="Held-out agreement,\nposition 1 (solid) and 4 (dashed)", ylabel="share")
     for name, log in logs.items():
         for key, line in (("agree_1", "-"), ("agree_4", "--")):
             if not (folder / "target.csv").is_file():

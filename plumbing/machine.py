@@ -16,14 +16,14 @@ def choose_device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-    except RuntimeError as error:
-        raise UserError(f"unknown device {name!r}: auto, cpu or cuda") from error
+    except RuntimeError:
+        device = torch.device("meta")  # as unusable as any other
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"unknown device {name!r}: auto, cpu or cuda")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: this machine shows torch no CUDA GPU; use --device cpu")
     if device.index is not None and device.index >= torch.cuda.device_count():
         raise UserError(f"--device {name}: there are {torch.cuda.device_count()} CUDA GPUs")
-    if device.type not in ("cpu", "cuda"):
-        raise UserError(f"--device {name}: only cpu and cuda are supported")
     if device.index is not None and device.type == "cuda":
         torch.cuda.set_device(device)  # so that this is the one that is waited for and timed
     return device

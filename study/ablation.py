@@ -13,6 +13,7 @@ seeds are compared in pairs: `--cells eagle-koala eagle-k2 --seeds 1 2 3 4 5`. A
 decodes texts on which nothing was chosen.
 """
 
+import re
 import statistics
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -156,18 +157,18 @@ def figures(record: dict, folder: Path) -> dict:
 def collect(folder: Path, target_print: str, seeds: list[int] | None) -> dict:
     """results[cell][seed] of the heads trained so far, of these seeds; None: of all.
 
-    Raises UserError for a head of another target.
+    Cells that are gone come last. Raises UserError for a head of another target.
     """
-    results = {}
-    for cell in CELLS:
-        for path in sorted(folder.glob(f"{cell}-seed*.pt")):
-            seed = path.stem.removeprefix(f"{cell}-seed")
-            if seed.isdigit() and (seeds is None or int(seed) in seeds):  # not one in training
-                head = load_checkpoint(path, "draft head")
-                if head["target"] != target_print:
-                    raise UserError(f"{path} was trained for another target: remove it")
-                results.setdefault(cell, {})[int(seed)] = figures(head["training"], folder)
-    return results
+    results = {cell: {} for cell in CELLS}
+    for path in sorted(folder.glob("*-seed*.pt")):
+        name = re.fullmatch(r"(.+)-seed(\d+)", path.stem)  # of a finished head
+        if name and (seeds is None or int(name[2]) in seeds):
+            head = load_checkpoint(path, "draft head")
+            if head["target"] != target_print:
+                raise UserError(f"{path} was trained for another target: remove it")
+            cell = results.setdefault(name[1], {})
+            cell[int(name[2])] = figures(head["training"], folder)
+    return {cell: heads for cell, heads in results.items() if heads}
 
 
 def student_interval(values: list[float]) -> list[float]:

@@ -234,6 +234,4 @@ def choose_prompts(config, target, candidates: list) -> tuple[list, dict]:
 
 def request_of(config, target) -> dict:
     """The arguments of `generate` for every text. A chat model stops when its answer ends."""
-    stop = None if target.chat is None else target.chat.stop
-    sampling = dict(temperature=config.temperature, top_k=config.top_k, top_p=config.top_p)
-    return sampling | dict(max_new_tokens=config.max_new_tokens, stop_token=stop)
+    return config.request | {"stop_token": None if target.chat is None else target.chat.stop}

@@ -22,6 +22,7 @@ from plumbing.machine import choose_device, compile_layers
 from plumbing.progress import check_same
 from targets.bpe import build_encoding
 from targets.chat import Chat
+from targets.text import Text
 
 # Settings of the first edition (up to commit 70beb28) -> their present names.
 OLD_NAMES = {
@@ -82,18 +83,18 @@ def load_target(path: Path, device="cpu", dtype=torch.float32) -> tuple[GPT, dic
     return target.to(device, dtype).eval().requires_grad_(False), checkpoint
 
 
-def get_target(path: Path, known_by: dict, make: Callable[[], None]) -> dict:
-    """The checkpoint of the target at `path`; where there is none, `make` writes it first.
+def get_target(path: Path, known_by: dict, make: Callable[[], None], text: Text | None) -> None:
+    """Have a target at `path`: the one that is there, else `make` writes it. It tokenizes `text`.
 
-    `known_by`: the settings it must have been made with. Raises UserError where they differ.
+    `known_by`: the settings that it has to have been made with. Raises UserError where they differ.
     """
     if path.is_file():
-        checkpoint = load_checkpoint(path, "target")
-        check_same(path, settings_of(path, checkpoint), known_by)
+        check_same(path, settings_of(path, load_checkpoint(path, "target")), known_by)
         print("target: there already")
-        return checkpoint
-    make()
-    return load_checkpoint(path, "target")
+    else:
+        make()
+    if text is not None and text.tokenizer is None:  # no tokens were needed yet
+        text.use(load_checkpoint(path, "target")["tokenizer"])
 
 
 @torch.inference_mode()

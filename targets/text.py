@@ -192,7 +192,7 @@ class Text:
     def __init__(self, paths: list[str] | None, packages: tuple[str, ...], splits: tuple[str, ...]):
         self.documents = load_documents(paths, packages)
         self.description = describe(self.documents, paths, packages)
-        self.splits = splits
+        self.splits, self.tokenizer = splits, None
 
     def use(self, tokenizer: dict) -> None:
         """Tokenize with `tokenizer`, as `bpe.learn_tokenizer` gave it or a checkpoint kept it."""

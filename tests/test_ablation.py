@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from plumbing.cli import UserError
-from plumbing.files import save_checkpoint
+from plumbing.files import load_checkpoint, save_checkpoint
 from plumbing.machine import Autocast
 from recipe import head_settings
 from study import ablation
@@ -51,6 +51,21 @@ def test_the_recipe_is_that_of_the_run(recipe, folder, tiny_run):
         [str(tiny_run.data)],
     )
     assert config.head_tokens == 512 and config.folder == folder
+
+
+@pytest.mark.parametrize("context", ["target_context", "context"])
+def test_the_recipe_beside_a_pretrained_target_is_its_presets(tmp_path, context):
+    """In its own window, and with as much text as is written by now; of either edition."""
+    known = {"source": "tiny.gguf", "sha256": "0", context: 1024}
+    checkpoint = {"training": {"settings": known}}
+    config = recipe_of(AblationConfig(head_tokens=512), tmp_path, checkpoint)
+    assert (config.preset, config.target, config.target_context) == (
+        "pretrained",
+        "tiny.gguf",
+        1024,
+    )
+    assert (config.written_tokens, config.head_tokens, config.folder) == (1, 512, tmp_path)
+    assert (config.own_steps, config.own_from) == (3, 0.85)
 
 
 @pytest.mark.parametrize("cell", CELLS)
@@ -171,13 +186,21 @@ def test_heads_of_another_target_are_refused(tmp_path, recipe):
     assert ablation.collect(tmp_path, "new", [1]) == {}
 
 
-def test_only_finished_heads_that_are_named_as_cells_are_counted(tmp_path, recipe):
-    """Not one that is still in training, nor one of equal seconds, which the first edition made."""
-    target, _ = recipe
-    for name in ("eagle-k2-seed0.progress", "eagle-k2-seed0-seconds", "eagle-own-window-seed0"):
+def test_only_finished_heads_are_counted_and_cells_that_are_gone_too(tmp_path):
+    """Not one that is still in training, nor one of equal seconds, which the first edition made;
+    but its other cells stay in the table, or the next ablation would forget what they found."""
+    for name in ("eagle-k2-seed0.progress", "eagle-k2-seed0-seconds", "target"):
         (tmp_path / f"{name}.pt").write_bytes(b"not to be read")
     assert ablation.collect(tmp_path, "new", None) == {}
-    assert control_of("eagle-own-window") == "eagle-own-k2"  # of committed results
+    folder = Path(__file__).parent / "first_edition"
+    for name in ("eagle-own-window-seed0", "eagle-k2-seed0"):
+        old = load_checkpoint(folder / "eagle.pt", "draft head")
+        old["training"]["name"] = name
+        save_checkpoint(tmp_path / f"{name}.pt", old)
+        (tmp_path / f"{name}.csv").write_text("step,tokens\n1,256\n")
+    found = ablation.collect(tmp_path, old["target"], None)
+    assert list(found) == ["eagle-k2", "eagle-own-window"]
+    assert control_of("eagle-own-window") == "eagle-own-k2"
 
 
 def test_the_run_of_the_first_edition_can_be_ablated():

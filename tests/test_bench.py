@@ -127,3 +127,23 @@ def test_a_difference_is_measured_from_the_worse_of_the_two_tokens(tiny_run):
     found = bench.first_difference(target, prompt, [*plain[:2], worst, 0], plain)
     assert found["position"] == 2
     assert found["gap"] == pytest.approx((logits.max() - logits.min()).item(), rel=1e-4)
+
+
+def test_costs_and_texts_are_those_of_the_sampling_that_was_asked_for(measured, monkeypatch):
+    """Else the cost model would predict greedy drafts, and texts be sampled from another law."""
+    asked, isolated, generate = [], bench.isolated_costs, bench.generate
+
+    def costs(target, methods, length, sampler=None):
+        asked.append((sampler.temperature, sampler.top_k, sampler.top_p))
+        return isolated(target, methods, length, sampler, turns=1)
+
+    def noted(target, prompt, *count, **request):
+        if "temperature" in request:
+            asked.append(tuple(request[name] for name in ("temperature", "top_k", "top_p")))
+        return generate(target, prompt, *count, **request)
+
+    monkeypatch.setattr(bench, "isolated_costs", costs)
+    monkeypatch.setattr(bench, "generate", noted)
+    flags = "--temperature", 0.8, "--top_k", 9, "--top_p", 0.9, "--heads", "eagle"
+    status, _, err = measured(*flags)
+    assert (status, err) == (0, "") and len(asked) > 5 and set(asked) == {(0.8, 9, 0.9)}

@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,7 +21,7 @@ import speculate
 import train
 from plumbing.cli import UserError, parse
 from plumbing.machine import choose_device
-from recipe import HEADS, PRESETS, TrainConfig
+from recipe import HEADS, PRESETS, TrainConfig, recorded
 
 ROOT = Path(__file__).parent.parent
 # `--dtype auto` is measured, so that two runs on a busy machine may differ in it.
@@ -262,6 +263,7 @@ BAD_TRAINING = {
     "window without room for a draft": (["--head_window", "7"], ["--head_window"]),
     "no draft position": (["--own_steps", "0"], ["--own_steps"]),
     "too many draft positions": (["--own_steps", "9"], ["--own_steps"]),
+    "windows too short for them": (["--own_steps", "8", "--head_window", "8"], ["--own_steps 8"]),
     "negative draft vocabulary": (["--draft_vocab", "-1"], ["--draft_vocab"]),
     "draft vocabulary too small for its record": (["--draft_vocab", "3"], ["--draft_vocab", "16"]),
     "pretrained without a target": (
@@ -352,13 +354,18 @@ def test_dashes_do_for_underscores_and_a_plain_argument_is_the_prompt():
 
 
 def test_help_shows_the_values_in_force_once_and_all_choices(capsys):
-    for preset in set(PRESETS) - {"pretrained"}:
+    for preset in PRESETS:
+        target = ["--target", "x"] if preset == "pretrained" else []
         with pytest.raises(SystemExit) as stop:
-            parse(TrainConfig, ["--preset", preset, "--help"], PRESETS, about=train.__doc__)
+            parse(
+                TrainConfig, ["--preset", preset, *target, "--help"], PRESETS, about=train.__doc__
+            )
         shown = " ".join(capsys.readouterr().out.split())
         assert stop.value.code == 0 and shown.count("Training: first the target") == 1
-        config = parse(TrainConfig, ["--preset", preset], PRESETS)
-        assert f"(default: {config.target_width})" in shown
+        config = parse(TrainConfig, ["--preset", preset, *target], PRESETS)
+        for name in ("target_width", "target_context", "head_tokens", *PRESETS[preset]):
+            about = TrainConfig.__dataclass_fields__[name].metadata["about"]
+            assert f"(default: {getattr(config, name)})" in shown or not about["flag"], name
         assert "None" not in shown and "{" + ",".join(PRESETS) + "}" in shown
         for flag in re.findall(r"--\w+ [^-]*", shown):
             assert flag.count("default") <= 1, flag
@@ -370,3 +377,24 @@ def test_devices_and_dtypes_by_name():
     assert choose_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
     with pytest.raises(UserError, match="abacus"):
         choose_device("abacus")
+
+
+def test_what_a_file_records_is_listed_here_in_full():
+    """A setting that is left out by mistake could differ between two commands, and nothing told."""
+    target = {"target_vocab", "target_context", "target_layers", "target_width", "target_tokens"}
+    target |= {"target_heads", "target_mlp_width", "target_lr", "data", "seed", "batch_tokens"}
+    assert recorded(TrainConfig(), "target").keys() == target
+    head = {"head_data", "head_data_tokens", "written_tokens", "head_window", "init", "head_tokens"}
+    head |= {"head_lr", "draft_vocab", "own_steps", "own_from", "feature_weight", "head_mlp_width"}
+    head |= {"discriminator", "joint_from", "discriminator_steps", "discriminator_lr"}
+    head |= {"data", "seed", "batch_tokens"}
+    assert recorded(TrainConfig(), "head").keys() == head
+    free = {"preset", "out_dir", "device", "dtype", "target", "optimizer"}
+    free |= {"head", "layers", "adversarial_weight"}  # of the last two a head records what it has
+    assert {field.name for field in fields(TrainConfig)} == target | head | free
+
+
+def test_dashes_are_changed_in_flags_only():
+    for prompt in ("--dry-run is an option", "a --top-p b", "--x-y"):
+        config = parse(speculate.SpeculateConfig, [f"--prompt={prompt}", "--top-p=0.5"])
+        assert config.prompt == prompt and config.top_p == 0.5

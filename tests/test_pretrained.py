@@ -689,3 +689,25 @@ def test_bytes_that_the_vocabulary_lacks_are_left_out():
         assert encoding.decode_bytes(tokens) == bytes(b for b in text if b not in LACKING)
     row = tokenize(encoding, ["a\x00b\x01"])
     assert encoding.decode(row.tolist()) == "ab<|endoftext|>"
+
+
+@pytest.mark.parametrize("raw", [False, True])
+def test_a_prompt_is_a_question_or_with_raw_the_beginning_of_a_text(
+    chat_run, call, monkeypatch, raw
+):
+    folder, _ = chat_run
+    seen, plain = [], speculate.generate
+
+    def noted(target, prompt_tokens, **request):
+        seen.append((prompt_tokens, request["stop_token"]))
+        return plain(target, prompt_tokens, **request)
+
+    monkeypatch.setattr(speculate, "generate", noted)
+    argv = ["--out_dir", folder, "--device", "cpu", "--dtype", "float32", "--max_new_tokens", 4]
+    status, _, err = call(speculate.main, "Hello", *argv, *(["--raw"] if raw else []))
+    assert status == 0, err
+    target, _, encoding = speculate.load(folder, None, "cpu", "float32")
+    question, text = target.chat.prompt(["Hello"]), encode_prompt(encoding, "Hello")
+    assert question != text
+    stop = encoding.eot_token if raw else target.chat.stop
+    assert seen and all(each == (text if raw else question, stop) for each in seen)

@@ -717,3 +717,35 @@ def test_a_damaged_progress_file_is_none_of_the_first_edition(tmp_path):
     (tmp_path / "c.progress.pt").write_bytes(b"half a file")
     with pytest.raises(UserError, match="c.progress.pt is damaged"):
         Progress(tmp_path, "c", 5, {}, {})
+
+
+def test_a_head_is_judged_in_the_end_on_all_held_out_text(tiny_run, tmp_path, call, monkeypatch):
+    """On the way some windows of it have to do; and its minutes end before that."""
+    (tmp_path / "target.pt").write_bytes(tiny_run.target_before_heads)
+    monkeypatch.setattr(train, "EVALUATED", 5)
+    counts, measure = [], train.measure_acceptance
+
+    def noted(target, head, batch, **more):
+        counts.append((len(batch.tokens), more))
+        return measure(target, head, batch, **more)
+
+    monkeypatch.setattr(train, "measure_acceptance", noted)
+    argv = [*tiny_run.flags, "--out_dir", tmp_path, "--head", "eagle"]
+    status, _, err = call(train.main, *argv)
+    assert status == 0, err
+    *during, (last, more) = counts
+    assert more == {"by_rank": True} and last > 64 and len(during) >= 10
+
+
+def test_a_large_vocabulary_reads_more_than_the_standard_library(monkeypatch, tmp_path, call):
+    asked = []
+
+    def noted(paths, packages):
+        asked.append(packages)
+        raise UserError("that will do")
+
+    monkeypatch.setattr(train, "read_text", noted)
+    for vocab in ("2048", "8192"):
+        flags = ["--preset", "smoke", "--out_dir", tmp_path / "run", "--target_vocab", vocab]
+        assert call(train.main, *flags)[0] == 2
+    assert asked == [(), ("torch", "numpy", "matplotlib")]

@@ -385,6 +385,28 @@ def head_training(name: str = "eagle-koala", window: int = 16, **flags):
     return training, features
 
 
+def test_a_training_has_the_rates_and_weights_of_its_settings():
+    rates = dict(head_lr=0.5, discriminator_lr=0.25, feature_weight=0.125)
+    flags = dict(head="eagle", adversarial_weight=2.0)
+    training, _ = head_training("eagle", **flags, **rates)
+    assert {name: getattr(training, name) for name in rates} == rates and training.weight == 2.0
+
+
+@pytest.mark.parametrize("name", ["medusa-koala", "eagle-koala"])
+def test_a_batch_is_learnt_from_if_each_draft_position_has_a_row(name):
+    """The last position has one where the token after it is to be learnt; else its mean is none."""
+    training, features = head_training(name, own_steps=3)
+    positions = training.head.max_draft or 3
+    for column, learnt in ((positions, False), (positions + 1, True), (16, True)):
+        batch = features.batch(torch.arange(4))
+        batch.learn[:] = False
+        batch.learn[:, column:] = column > positions
+        batch.learn[:, : column + 1] |= column == positions
+        figures = training.joint_step(batch, "joint", 3, log=True)
+        assert bool(figures) == learnt
+        assert all(math.isfinite(value) for value in figures.values())
+
+
 def state_of(training) -> list[torch.Tensor]:
     """All that training may change, in copies."""
     parts = [training.head, training.discriminator, training.optimizer, training.d_optimizer]
