@@ -40,6 +40,7 @@ def write_json(path: Path, value) -> None:
 
 def save_checkpoint(path: Path, checkpoint: dict) -> None:
     """Write a dictionary of tensors and plain values, all of it or nothing."""
+    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as file:
         torch.save(checkpoint, file)
@@ -50,6 +51,7 @@ def load_checkpoint(path: Path, kind: str) -> dict:
 
     Raises UserError where the file is missing, damaged or of another kind.
     """
+    path = Path(path)
     if not path.is_file():
         raise UserError(f"there is no {kind} at {path}: train one with python train.py")
     try:
