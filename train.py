@@ -422,9 +422,9 @@ def main() -> None:
     device = choose_device(config.device)
     autocast = choose_autocast(config.dtype, device)
     keep_heap()
-    text, path = None, config.folder / "target.pt"
-    if config.needs_text:  # a pretrained target that writes its own text needs no other
-        text = read_text(config.data, packages_for(config.target_vocab))
+    path = config.folder / "target.pt"
+    # A pretrained target that writes its own text needs no other.
+    text = read_text(config.data, packages_for(config.target_vocab)) if config.needs_text else None
     config.folder.mkdir(parents=True, exist_ok=True)
     print(f"run: {config.folder}")
     known_by = target_settings(config)

@@ -88,13 +88,14 @@ def get_target(path: Path, known_by: dict, make: Callable[[], None], text: Text 
 
     `known_by`: the settings that it has to have been made with. Raises UserError where they differ.
     """
-    if path.is_file():
-        check_same(path, settings_of(path, load_checkpoint(path, "target")), known_by)
-        print("target: there already")
-    else:
+    if not (there := path.is_file()):
         make()
+    checkpoint = load_checkpoint(path, "target")
+    check_same(path, settings_of(path, checkpoint), known_by)
+    if there:
+        print("target: there already")
     if text is not None and text.tokenizer is None:  # no tokens were needed yet
-        text.use(load_checkpoint(path, "target")["tokenizer"])
+        text.use(checkpoint["tokenizer"])
 
 
 @torch.inference_mode()
