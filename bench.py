@@ -20,14 +20,10 @@ Headline numbers are theirs; the number of looped ones is counted, and some are 
 is the last file of the reading order; study/ holds the statistics, prompts and tables.
 """
 
-import platform
 import statistics
-import subprocess
 import sys
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
-from datetime import date
-from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
@@ -37,7 +33,7 @@ from costs import best_size, isolated_costs
 from drafts import measure_acceptance, plan_draft
 from plumbing.cli import UserError, fail, number_or_auto, option, parse, run
 from plumbing.files import load_checkpoint, write_json
-from plumbing.machine import describe_device, synchronized_time
+from plumbing.machine import describe_device, origin, synchronized_time
 from recipe import HEADS
 from sampling import Sampler, argmax
 from speculate import DecodeConfig, generate
@@ -180,15 +176,6 @@ def measure(config: BenchConfig, target, ready: dict, prompts: list) -> tuple[li
     return samples, seconds
 
 
-def commit() -> str | None:
-    """The commit of the code, with a + if it has been changed since."""
-    try:
-        git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty=+"]
-        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
 def main() -> None:
     config = parse(BenchConfig, about=__doc__)
     folder = find_run(config.out_dir)
@@ -220,12 +207,7 @@ def main() -> None:
     costs = isolated_costs(target, ready, middle, sampler)
     share = baseline_share(target, prompts[0][1], rooms[0], 5)
     samples, seconds = measure(config, target, ready, prompts)
-    result = {
-        "command": " ".join(["python", "bench.py", *sys.argv[1:]]),
-        "date": date.today().isoformat(),
-        "commit": commit(),
-        "versions": {"python": platform.python_version()}
-        | {name: version(name) for name in ("torch", "numpy", "tiktoken")},
+    result = origin() | {
         "device": describe_device(weight.device),
         "dtype": str(weight.dtype).removeprefix("torch."),
         "why_dtype": target.why_dtype,

@@ -19,8 +19,8 @@ HEADS = ("medusa", "medusa-koala", "eagle", "eagle-koala")  # the original ones,
 WRITTEN_WINDOW = 128  # tokens of a text that the target writes: a small one repeats itself later on
 
 # The defaults below are those of `cpu`; README has its minutes and memory on two cores. Beside a
-# target from elsewhere (--target) the amounts of `pretrained` hold: those of a run of about 90
-# minutes for SmolLM2's EAGLE heads on two cores of an Intel Xeon with AMX (smollm2-greedy.json).
+# target from elsewhere (--target) the amounts of `pretrained` hold: those of a run of about two
+# hours for SmolLM2's EAGLE heads on two cores of an Intel Xeon with AMX (smollm2-greedy.json).
 PRESETS = {
     "cpu": {},
     "smoke": dict(target_vocab=512, target_context=128, target_layers=2, target_width=64)
@@ -32,7 +32,7 @@ PRESETS = {
     | dict(head_data_tokens=1_000_000, written_tokens=4_000_000, head_tokens=40_000_000)
     | dict(batch_tokens=65_536),
     "pretrained": dict(target_context=2048, head_window=384, head_data="self", batch_tokens=3072)
-    | dict(written_tokens=1_600_000, head_tokens=7_700_000, draft_vocab=4096)
+    | dict(written_tokens=2_100_000, head_tokens=10_000_000, draft_vocab=4096)
     | dict(own_steps=3, own_from=0.85, joint_from=0.85, discriminator_steps=100),
 }
 

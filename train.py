@@ -35,8 +35,8 @@ from draft_head import Batch, Guess, HeadConfig, build_head
 from drafts import measure_acceptance
 from plumbing.cli import UserError, parse, run
 from plumbing.curves import heads_table, plot_training
-from plumbing.files import load_checkpoint
-from plumbing.machine import Autocast, choose_autocast, choose_device, keep_heap, trim_heap
+from plumbing.files import load_checkpoint, round_weights
+from plumbing.machine import Autocast, choose_autocast, choose_device, keep_heap, origin, trim_heap
 from plumbing.progress import LOG_LINES, Progress, batch_indices, check_same, is_due, schedule
 from plumbing.rows import in_pieces
 from recipe import PRESETS, TrainConfig, head_settings, target_settings
@@ -345,11 +345,13 @@ def train_head(
     if progress.best is None:
         raise UserError(f"{name} diverged: try a lower --head_lr or --adversarial_weight")
     head.load_state_dict(progress.best)
+    round_weights(head)
     seconds = progress.elapsed()
     held_out = measure(len(valid), by_rank=True) | (measure(len(valid), extra) if extra else {})
     record = {
         "name": name,
         "settings": settings,
+        "origin": origin(),
         "dtype": str(autocast.dtype),
         "kept_step": progress.best_step,  # 0: the head it started from
         "steps": steps,

@@ -1,9 +1,18 @@
-"""The machine: its device, the dtypes it is fast in, its clock, and the memory of the C library."""
+"""The machine: its device, the dtypes it is fast in, its clock, the memory of the C library.
+
+And the origin of a result: the command, its date, the commit and the versions that made it.
+"""
 
 import ctypes
 import math
+import platform
+import subprocess
+import sys
 import time
 from contextlib import nullcontext
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
 
 import torch
 
@@ -91,6 +100,28 @@ def compile_layers(target) -> None:
         torch.compiler.set_stance("force_eager")
         reason = " ".join(str(error).split())[:100]
         print(f"--compile does not work here ({reason}): going on without")
+
+
+def commit() -> str | None:
+    """The commit of the code, with a + if it has been changed since; None without git."""
+    try:
+        git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty=+"]
+        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def origin() -> dict:
+    """What made a result, for its record."""
+    module = sys.modules["__main__"].__spec__  # of python -m
+    script = f"-m {module.name}" if module else Path(sys.argv[0]).name
+    return {
+        "command": " ".join(["python", script, *sys.argv[1:]]),
+        "date": date.today().isoformat(),
+        "commit": commit(),
+        "versions": {"python": platform.python_version()}
+        | {name: version(name) for name in ("torch", "numpy", "tiktoken")},
+    }
 
 
 def synchronized_time(device: torch.device) -> float:

@@ -17,7 +17,7 @@ from costs import LENGTH, Bench
 from draft_head import KINDS, HeadConfig, build_head
 from model import GPT, GPTConfig
 from plumbing.cli import UserError
-from plumbing.files import load_checkpoint, save_checkpoint
+from plumbing.files import load_checkpoint, save_checkpoint, stored
 from plumbing.machine import choose_device, compile_layers
 from plumbing.progress import check_same
 from targets.bpe import build_encoding
@@ -68,7 +68,7 @@ def fingerprint(target: GPT) -> str:
 
 def save_target(path: Path, target: GPT, tokenizer: dict, training: dict) -> None:
     """Write a target with its tokenizer and its training record, as plain values."""
-    checkpoint = {"kind": "target", "config": asdict(target.config), "weights": target.state_dict()}
+    checkpoint = {"kind": "target", "config": asdict(target.config), "weights": stored(target)}
     checkpoint |= {"tokenizer": tokenizer, "fingerprint": fingerprint(target), "training": training}
     save_checkpoint(path, checkpoint)
 
@@ -170,7 +170,7 @@ def head_path(folder: Path, head: str) -> Path:
 def save_head(path: Path, head: nn.Module, target_fingerprint: str, training: dict) -> None:
     """`training`: the record of its training and its held-out figures, as plain values."""
     checkpoint = {"kind": "draft head", "config": asdict(head.config), "target": target_fingerprint}
-    checkpoint |= {"weights": head.state_dict(), "training": training}
+    checkpoint |= {"weights": stored(head), "training": training}
     save_checkpoint(path, checkpoint)
 
 

@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model import GPT, GPTConfig
-from plumbing.machine import bfloat16_cost
+from plumbing.files import round_weights
+from plumbing.machine import bfloat16_cost, origin
 from plumbing.progress import LOG_LINES, Progress, batch_indices, is_due, schedule
 from targets.bpe import learn_tokenizer
 from targets.features import evenly
@@ -106,9 +107,11 @@ def train_target(
     whole = held_out.long().to(device)
     data = text.description | {"overlap": text.overlap()}
     seconds = progress.elapsed()
+    round_weights(target)
     bits = bits_per_byte(target, whole, byte_counts, autocast)
     record = {"settings": known_by, "optimizer": optimizer, "dtype": str(autocast.dtype)}
     record |= {"parameters": count, "data": data, "seconds": seconds, "valid_bits_per_byte": bits}
+    record |= {"origin": origin()}
     known = f"{data['overlap']:.1%} of the test text's 32-grams occur in training"
     print(f"target: {bits:.3f} bits per byte on all of the validation text; {known}")
     save_target(path, target, text.tokenizer, record)
