@@ -32,22 +32,20 @@ import torch
 from costs import best_size, isolated_costs
 from drafts import measure_acceptance, plan_draft
 from plumbing.cli import UserError, fail, number_or_auto, option, parse, run
-from plumbing.files import load_checkpoint, write_json
+from plumbing.files import write_json
 from plumbing.machine import describe_device, origin, synchronized_time
 from recipe import HEADS
 from sampling import Sampler, argmax
 from speculate import DecodeConfig, generate
 from study.prompts import check_prompts, choose_prompts, held_out_text, load_prompts, request_of
 from study.report import bench_tables, plot_bench
-from study.statistics import evaluate, is_loop
+from study.statistics import evaluate
 from targets.features import Features, evenly
-from targets.runs import find_run, head_path, load, load_head
+from targets.loading import find_run, load, name_of, results_folder
+from targets.outputs import NEAR_TIE, first_difference, is_loop
+from targets.runs import head_path, load_head
 
 WARM_UP = 2  # prompts decoded before anything is timed
-# The largest gap between the target's two best logits at which two outputs may part: rounding. (In
-# bfloat16 SmolLM2's own gap changes by 0.5 at one place of a thousand, by 1.0 at one of five
-# thousand, between reading a text token by token and all at once: study/LOG.md.)
-NEAR_TIE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 1.0}
 
 
 @dataclass(frozen=True)
@@ -123,16 +121,6 @@ def baseline_share(target, prompt: list[int], count: int, repeats: int) -> float
     return statistics.median(ratios[1:])
 
 
-@torch.inference_mode()
-def first_difference(target, prompt: list[int], ours: list[int], theirs: list[int]) -> dict:
-    """Where two outputs part, and how far the worse token's logit is from the best there."""
-    position = next(i for i, (a, b) in enumerate(zip(ours, theirs)) if a != b)
-    text = torch.tensor([prompt + theirs[:position]], device=target.embed.weight.device)
-    logits = target.lm_head(target(text)[0, -1]).float()
-    either = logits[[ours[position], theirs[position]]]
-    return {"position": position, "gap": (logits.max() - either.min()).item()}
-
-
 def measure(config: BenchConfig, target, ready: dict, prompts: list) -> tuple[list, dict]:
     """Decode every prompt with every method and without, `runs` times, interleaved.
 
@@ -183,13 +171,12 @@ def main() -> None:
     if not names:
         raise UserError(f"there is no trained head in {folder}: train one with python train.py")
     target, _, encoding = load(folder, None, config.device, config.dtype, config.compile)
-    trained = load_checkpoint(folder / "target.pt", "target")
-    heads = {n: load_head(head_path(folder, n), target, trained["fingerprint"]) for n in names}
+    heads = {n: load_head(head_path(folder, n), target, target.about["fingerprint"]) for n in names}
     weight = target.embed.weight
-    print(f"run {folder}, {describe_device(weight.device)}, heads {', '.join(heads)}")
+    print(f"run {name_of(folder)}, {describe_device(weight.device)}, heads {', '.join(heads)}")
     print(f"{weight.dtype}: {target.why_dtype}")
-    text = held_out_text(trained, config.split)
-    candidates = load_prompts(config, target, text, encoding)
+    text = held_out_text(target.about, config.split)
+    candidates = load_prompts(config, folder, target, text, encoding)
     sampler = Sampler(weight.device, config.temperature, config.top_k, config.top_p, config.seed)
     methods, ready = choose_methods(config, target, heads)
     depth = max(plan.depth for _, plan in ready.values())
@@ -212,7 +199,7 @@ def main() -> None:
         "dtype": str(weight.dtype).removeprefix("torch."),
         "why_dtype": target.why_dtype,
         "config": asdict(config),
-        "target": trained["training"],
+        "target": target.about["training"],
         "training": {n: getattr(h, "training_record", None) for n, h in heads.items()},
         "on_held_out_text": held_out,
         "isolated_seconds": costs,
@@ -223,8 +210,8 @@ def main() -> None:
         "seconds": seconds,
         "samples": samples,
     }
-    out = folder / "bench"
-    out.mkdir(exist_ok=True)
+    out = results_folder(folder) / "bench"
+    out.mkdir(parents=True, exist_ok=True)
     write_json(out / f"{config.name}.json", result)
     (out / f"{config.name}.md").write_text(bench_tables(result) + "\n")
     plot_bench(result, out / f"{config.name}.png")

@@ -178,6 +178,21 @@ def expected_tau(head, gamma: int, nodes: int, temperature: float) -> float:
     return expected_length(rates, best_tree(ranks, nodes, gamma))
 
 
+def tree_warning(head, gamma: int, nodes: int, temperature: float) -> str | None:
+    """A line on a tree from which less is expected than from a chain; None: there is no reason.
+
+    A tree names the likeliest tokens, a chain draws its tokens as the target does. The head's
+    figures are of temperature 1: below 1/2 they say nothing.
+    """
+    if nodes == 0 or temperature < 0.5 or not hasattr(head, "training_record"):
+        return None
+    tree, chain = (expected_tau(head, gamma, n, temperature) for n in (nodes, 0))
+    if tree >= chain:
+        return None
+    chains = f"a chain of {gamma} reaches tau {chain:.2f}"
+    return f"at temperature 1 {chains}, a tree of {nodes} {tree:.2f} (held-out text): see --nodes"
+
+
 @torch.inference_mode()
 def size_costs(target, head, sizes: list, temperature: float = 0.0) -> tuple[dict, dict]:
     """Seconds of passes {tokens: s} and of making drafts {(gamma, is it a tree): s}.

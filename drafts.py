@@ -370,8 +370,8 @@ def measure_acceptance(target, head, batch, stride: int = 16, by_rank=False) -> 
     before; alpha_i: mean of sum_x min(p, q). tau_estimate = 1 + sum_i prod_{j <= i} agree_j, the
     greedy acceptance length if positions were independent. `by_rank` adds two lists (P, RANKS), by
     which trees are chosen: `ranks`, how often the head's r-th guess is the target's first choice,
-    and `mass`, the mean p of that guess. Only drafts whose tokens are all to be learnt count.
-    Raises UserError where there is none.
+    and `mass`, the mean p of that guess; and the number of `drafts`. Only drafts whose tokens are
+    all to be learnt count. Raises UserError where there is none.
     """
     tokens, hidden, learn = batch
     positions = min(DRAFT_POSITIONS, head.max_draft or DRAFT_POSITIONS)
@@ -396,4 +396,5 @@ def measure_acceptance(target, head, batch, stride: int = 16, by_rank=False) -> 
     # Of a head that diverged the first choice is some token all the same: alpha alone tells.
     diverged = alpha.isnan().any()
     result["tau_estimate"] = math.nan if diverged else 1 + agree.cumprod(0).sum().item()
-    return result | ({"ranks": ranks.tolist(), "mass": mass.tolist()} if by_rank else {})
+    rates = {"ranks": ranks.tolist(), "mass": mass.tolist(), "drafts": drafts}
+    return result | (rates if by_rank else {})

@@ -5,9 +5,12 @@ head's file, and one of the run in neither. A recorded setting has to be the sam
 command goes on with that file. A `hidden` one has no flag: presets, study/ and Python set it.
 """
 
+import re
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
+
+import torch
 
 from draft_head import KINDS
 from drafts import DRAFT_POSITIONS, RANKS
@@ -16,6 +19,7 @@ from plumbing.cli import UserError, check_ranges, option
 
 KOALA_WEIGHT = 0.1  # lambda
 HEADS = ("medusa", "medusa-koala", "eagle", "eagle-koala")  # the original ones, and KOALA's
+LAB = ("eagle", "eagle-k2")  # one layer and two, without a discriminator
 WRITTEN_WINDOW = 128  # tokens of a text that the target writes: a small one repeats itself later on
 
 # The defaults below are those of `cpu`; README has its minutes and memory on two cores. Beside a
@@ -23,6 +27,7 @@ WRITTEN_WINDOW = 128  # tokens of a text that the target writes: a small one rep
 # hours for SmolLM2's EAGLE heads on two cores of an Intel Xeon with AMX (smollm2-greedy.json).
 PRESETS = {
     "cpu": {},
+    "lab": dict(head_data_tokens=800_000, head_tokens=1_600_000),
     "smoke": dict(target_vocab=512, target_context=128, target_layers=2, target_width=64)
     | dict(target_heads=2, target_mlp_width=128, target_tokens=250_000, batch_tokens=2048)
     | dict(head_data_tokens=65_000, written_tokens=24_000, head_tokens=130_000)
@@ -49,7 +54,12 @@ hidden = dict(flag=False)
 
 @dataclass(frozen=True)
 class TrainConfig:
-    preset: str = of_run("cpu", "sizes and amounts; pretrained: for --target", choices=[*PRESETS])
+    preset: str = of_run(
+        "cpu",
+        "sizes and amounts; pretrained: for --target; lab: heads in minutes, beside the target "
+        "that came with the code",
+        choices=[*PRESETS],
+    )
     out_dir: str | None = of_run(None, "the run's folder; default: out/PRESET, or out/TARGET")
     seed: int = of_both(0, "decides weights, batches, noise", least=0, most=2**31 - 1)
     batch_tokens: int = of_both(4096, "tokens in a training step", above=0)
@@ -87,7 +97,7 @@ class TrainConfig:
     )
 
     head: str | None = named(None, "only this: medusa[-NAME], eagle[-NAME]; none: the target only")
-    layers: int | None = named(None, "K; default: 1, and 2 for ...-koala", above=0)
+    layers: int | None = named(None, "K; default: 1, 2 for ...-koala, 3 for ...-k3", above=0)
     init: str | None = of_head(None, "file of a head to start from")
     head_tokens: int = of_head(3_200_000, "tokens to train on, repeats included", above=0)
     head_lr: float = of_head(2e-3, "peak learning rate", above=0)
@@ -137,6 +147,8 @@ class TrainConfig:
         """The heads to train: beside a pretrained target EAGLE's, as Medusa's gain less there."""
         if self.head is not None:
             return [] if self.head == "none" else [self.head]
+        if self.preset == "lab":
+            return [*LAB]
         return [name for name in HEADS if self.target is None or name.startswith("eagle")]
 
     @property
@@ -170,8 +182,26 @@ class TrainConfig:
     def layers_and_weight(self, name: str) -> tuple[int, float]:
         """(K, lambda) of the head of this name."""
         layers, weight = (2, KOALA_WEIGHT) if name.endswith("-koala") else (1, 0.0)
+        if numbered := re.search(r"-k([1-9]\d*)$", name):
+            layers = int(numbered[1])
         layers = layers if self.layers is None else self.layers
         return layers, weight if self.adversarial_weight is None else self.adversarial_weight
+
+
+def usual_preset(argv: list[str]) -> str:
+    """The preset of a command line that names none.
+
+    One more head goes beside your own target. Where there is none, training one would take an hour:
+    the head then goes beside the target that came with the code.
+    """
+    words = [word.partition("=")[0] for word in argv]
+    if "--target" in words:
+        return "pretrained"
+    usual, others = "gpu" if torch.cuda.is_available() else "cpu", ("--target_", "--data")
+    one = "--head" in words and "none" not in argv and "--head=none" not in argv
+    if one and not any(word.startswith(others) or word == "--out_dir" for word in words):
+        return usual if Path(f"out/{usual}/target.pt").is_file() else "lab"
+    return usual
 
 
 def recorded(config: TrainConfig, owner: str) -> dict:
@@ -184,7 +214,10 @@ def target_settings(config: TrainConfig) -> dict:
     """The settings that a target has to have been made with; a pretrained one has its own shape."""
     if config.target is not None:
         return {"target_context": config.target_context}
-    return recorded(config, "target")
+    known = recorded(config, "target")
+    if config.preset == "lab":  # it was made before; its heads may have these of their own
+        known = {k: v for k, v in known.items() if k not in ("seed", "batch_tokens")}
+    return known
 
 
 def head_settings(config: TrainConfig, name: str, target_print: str) -> dict:

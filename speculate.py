@@ -44,15 +44,16 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from costs import best_size
+from costs import best_size, tree_warning
 from drafts import Chain, Draft, Shape, deepest, plan_draft, root_only
 from model import GPT, GPTConfig
-from plumbing.cli import UserError, check_ranges, number_or_auto, option, parse, run
+from plumbing.cli import UserError, check_ranges, fail, number_or_auto, option, parse, run
 from plumbing.machine import Stopwatch, describe_device
-from plumbing.show import Printer, compare
+from plumbing.show import Printer, compare, remark
 from sampling import Sampler, acceptance_probability, argmax, residual, sample
 from targets.bpe import encode_prompt
-from targets.runs import find_run, load
+from targets.loading import came_along, favourite, find_run, load, name_of
+from targets.outputs import is_loop, same_or_not
 
 # -------------------------------------------------------------------------------- the rules
 
@@ -282,7 +283,9 @@ def chances(head, draft: Draft, logits: Tensor, p, u, sampler: Sampler) -> tuple
 class DecodeConfig:
     """The settings that speculate.py and bench.py share."""
 
-    out_dir: str | None = option(None, "the run's folder; default: the newest under out/")
+    out_dir: str | None = option(
+        None, "the run's folder; default: your newest under out/, or trained/cpu"
+    )
     max_new_tokens: int = option(128, "tokens to write for each prompt", least=1)
     gamma: int | str = option(
         4, "tokens of a chain, or depth of a tree; auto: by measurement", type=number_or_auto
@@ -313,35 +316,68 @@ class SpeculateConfig(DecodeConfig):
         positional=True,
     )
     raw: bool = option(False, "have a chat model continue the prompt as plain text")
-    head: str = option("eagle-koala", "a trained head's name, a path to one, or none")
+    chat: bool = option(False, "talk to a chat model: a turn is a line of standard input")
+    head: str = option(
+        "auto", "a trained head's name, a path to one, or none; auto: eagle-koala where it is"
+    )
     nodes: int | str = option(
         0, "tokens of a drafted tree; 0: a chain; auto: by measurement", type=number_or_auto
     )
     trace: bool = option(False, "show each cycle: its draft, the verdicts, the time")
 
 
+def converse(target, head, encoding, request: dict) -> None:
+    """Answer the lines of standard input, one turn each, until it ends."""
+    if target.chat is None:
+        raise UserError("--chat needs a chat model: see targets/README.md for SmolLM2")
+    said, room = [], target.config.context - request["max_new_tokens"]
+    print("Type a line; an empty one or the end of input ends it.\n")
+    while question := sys.stdin.buffer.readline().decode("utf-8", "surrogateescape").strip():
+        said.append(question)
+        while len(prompt := target.chat.prompt(said)) > room and len(said) > 1:
+            said = said[2:]  # the oldest question and its answer
+        if len(prompt) > room:
+            fail(f"this question has {len(prompt)} tokens, there is room for {room}")
+            said = []
+            continue
+        printer = Printer(encoding, target.chat.stop)
+        out = generate(target, prompt, head=head, on_cycle=printer.show, **request)
+        printer.finish()
+        tau = f", tau {out.acceptance_length:.2f}" if head is not None else ""
+        print(f"({len(out.tokens)} tokens, {out.tokens_per_second:.1f} tokens/s{tau})\n")
+        answer = [token for token in out.tokens if token != target.chat.stop]
+        said.append(encoding.decode(answer))
+
+
 def main() -> None:
     config = parse(SpeculateConfig, about=__doc__)
-    folder = find_run(config.out_dir)
+    folder = find_run(config.out_dir, config.chat)
     prompt = config.prompt
     if prompt == "-":
         prompt = sys.stdin.buffer.read().decode("utf-8", "surrogateescape")
-    head_name = None if config.head == "none" else config.head
-    target, head, encoding = load(folder, head_name, config.device, config.dtype, config.compile)
+    name = favourite(folder) if config.head == "auto" else config.head
+    asked = None if name == "none" else name
+    target, head, encoding = load(folder, asked, config.device, config.dtype, config.compile)
     weight = target.embed.weight
     dtype = f"{str(weight.dtype).removeprefix('torch.')} ({target.why_dtype})"
-    print(f"run {folder}, head {config.head}, {describe_device(weight.device)}, {dtype}")
+    print(f"run {name_of(folder)}, head {name}, {describe_device(weight.device)}, {dtype}")
+    if config.out_dir is None and came_along(folder):
+        print("(another: --out_dir FOLDER; your own, about an hour on two cores: python train.py)")
     gamma, nodes = config.gamma, config.nodes
     if head is not None and "auto" in (gamma, nodes):
         size = best_size(target, head, gamma, nodes, config.temperature)
         gamma, nodes = size.gamma, size.nodes
         print(f"drafting {size}, by measurement")
-    print()
+    if head is not None and (warning := tree_warning(head, gamma, nodes, config.temperature)):
+        print(warning)
     chat = None if config.raw else target.chat
     stop = encoding.eot_token if chat is None else chat.stop
+    request = config.request | dict(gamma=gamma, nodes=nodes, seed=config.seed, stop_token=stop)
+    if config.chat:
+        return converse(target, head, encoding, request)
+    print()
     tokens = encode_prompt(encoding, prompt) if chat is None else chat.prompt([prompt])
-    drafting = dict(gamma=gamma, nodes=nodes, seed=config.seed, stop_token=stop)
-    request = config.request | drafting | {"prompt_tokens": tokens}
+    request["prompt_tokens"] = tokens
     # A process's first passes are slow: they are not those that are timed.
     generate(target, head=head, **request | {"max_new_tokens": min(8, config.max_new_tokens)})
     printer = Printer(encoding, stop, config.trace)
@@ -353,8 +389,11 @@ def main() -> None:
         return
     print(compare("speculative", shown, plain))
     if config.temperature == 0:
-        different = "different: see README, What lossless means here"
-        print("the two outputs are", "identical" if shown.tokens == plain.tokens else different)
+        print(same_or_not(target, tokens, shown.tokens, plain.tokens))
+    if is_loop(shown.tokens):
+        print("the text ends in a loop, which is easy to draft: its speed flatters")
+    elif reason := remark(shown, plain, gamma):
+        print(reason)
 
 
 if __name__ == "__main__":

@@ -39,9 +39,10 @@ from plumbing.files import load_checkpoint, round_weights
 from plumbing.machine import Autocast, choose_autocast, choose_device, keep_heap, origin, trim_heap
 from plumbing.progress import LOG_LINES, Progress, batch_indices, check_same, is_due, schedule
 from plumbing.rows import in_pieces
-from recipe import PRESETS, TrainConfig, head_settings, target_settings
+from recipe import PRESETS, TrainConfig, head_settings, target_settings, usual_preset
 from sampling import probabilities
 from targets.features import corpus, evenly
+from targets.loading import copy_target
 from targets.pretrained import find_source, import_target, source_settings
 from targets.runs import get_target, load_target, save_head, settings_of, trained_heads
 from targets.small import train_target
@@ -293,11 +294,8 @@ def train_head(
     where no evaluation gave a number: the head diverged.
     """
     training = new_training(config, name, target, autocast)
-    head, seed, tokens_per_step = (
-        training.head,
-        config.seed,
-        config.windows_per_step * config.window,
-    )
+    head, seed = training.head, config.seed
+    tokens_per_step = config.windows_per_step * config.window
     steps = max(1, config.head_tokens // tokens_per_step)
     joint_from = int(config.joint_from * steps) if training.weight > 0 else steps
     in_progress = settings | {"dtype in use": str(autocast.dtype)}
@@ -420,7 +418,7 @@ def train_heads(config: TrainConfig, text: Text | None, device, autocast: Autoca
 
 
 def main() -> None:
-    config = parse(TrainConfig, presets=PRESETS, about=__doc__)
+    config = parse(TrainConfig, presets=PRESETS, about=__doc__, usual=usual_preset)
     device = choose_device(config.device)
     autocast = choose_autocast(config.dtype, device)
     keep_heap()
@@ -428,7 +426,8 @@ def main() -> None:
     # A pretrained target that writes its own text needs no other.
     text = read_text(config.data, packages_for(config.target_vocab)) if config.needs_text else None
     config.folder.mkdir(parents=True, exist_ok=True)
-    print(f"run: {config.folder}")
+    beside = " (beside the target that came with the code)" if config.preset == "lab" else ""
+    print(f"run: {config.folder}{beside}")
     known_by = target_settings(config)
     if config.target is not None:
         source = find_source(config.target)
@@ -439,6 +438,8 @@ def main() -> None:
         amounts = config.target_tokens, config.batch_tokens, config.target_lr
         how = config.optimizer, config.seed, known_by, autocast
         make = partial(train_target, path, text, config.gpt(), *amounts, *how)
+        if config.preset == "lab":
+            make = partial(copy_target, path)
     get_target(path, known_by, make, text)
     if config.heads:
         train_heads(config, text, device, autocast)

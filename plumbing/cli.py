@@ -57,19 +57,20 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (see --help)")
 
 
-def parse(config_class, argv: list[str] | None = None, presets: dict | None = None, about=""):
+def parse(config_class, argv=None, presets: dict | None = None, about="", usual=None):
     """An instance of `config_class` from the command line.
 
     With `presets`, a dictionary of name -> {field: default}, `--preset NAME` changes the defaults
     before the other flags are read, so that `--preset NAME --help` shows the values in force.
-    `about`: the script's docstring, whose first paragraph opens the help.
+    `usual(argv)` is the preset where none is named; default: the first. `about`: the script's
+    docstring, whose first paragraph opens the help.
     """
     argv = sys.argv[1:] if argv is None else argv
     names = "|".join(field.name.replace("_", "[-_]") for field in dataclasses.fields(config_class))
     flag = re.compile(rf"^--({names})(?==|$)")  # --out-dir is --out_dir
     argv = [flag.sub(lambda found: "--" + found[1].replace("-", "_"), word) for word in argv]
     parser = Parser(description=about.split("\n\n")[0], allow_abbrev=False)
-    defaults = chosen_preset(argv, presets) if presets else {}
+    defaults = chosen_preset(argv, presets, usual) if presets else {}
     groups, types = {None: parser}, typing.get_type_hints(config_class)
     for field in dataclasses.fields(config_class):
         group = field.metadata["about"]["group"]
@@ -82,14 +83,12 @@ def parse(config_class, argv: list[str] | None = None, presets: dict | None = No
     return config_class(**vars(parser.parse_args(argv)))
 
 
-def chosen_preset(argv: list[str], presets: dict) -> dict:
-    """The defaults of the preset that the command line names, or --target or a GPU calls for."""
+def chosen_preset(argv: list[str], presets: dict, usual) -> dict:
+    """The defaults of the preset that the command line names, or of the usual one."""
     parser = Parser(add_help=False, allow_abbrev=False)
     parser.add_argument("--preset", default=None)
-    parser.add_argument("--target", default=None)
-    given = parser.parse_known_args(argv)[0]
-    usual = "gpu" if torch.cuda.is_available() else "cpu"
-    name = given.preset or ("pretrained" if given.target else usual)
+    named = parser.parse_known_args(argv)[0].preset
+    name = named or (usual(argv) if usual else next(iter(presets)))
     if name not in presets:
         raise UserError(f"unknown preset {name!r}: choose from {', '.join(presets)}")
     return presets[name] | {"preset": name}

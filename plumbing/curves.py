@@ -27,12 +27,15 @@ def heads_table(records: list[dict]) -> str:
     lines = [header + " alpha at 1 | tau, estimated |", "|---" * 9 + "|"]
     for record in records:
         held_out, used = record["valid"], record["settings"]
-        agree = ", ".join(f"{held_out[k]:.3f}" for k in held_out if k.startswith("agree"))
+        drafts = held_out.get("drafts", 1000)  # a share of a few is known to no three digits
+        digits = 3 if drafts >= 1000 else 2
+        agree = ", ".join(f"{held_out[k]:.{digits}f}" for k in held_out if k.startswith("agree"))
+        agree += "" if digits == 3 else f" (of {drafts})"
         lines.append(
             f"| {record['name']} | {used['layers']} | {used['adversarial_weight']:g} "
             f"| {record['parameters'] / 1e6:.2f} M | {record['seconds'] / 60:.1f} "
             f"| {used['head_data']} | {agree} "
-            f"| {held_out['alpha_1']:.3f} | {held_out['tau_estimate']:.2f} |"
+            f"| {held_out['alpha_1']:.{digits}f} | {held_out['tau_estimate']:.2f} |"
         )
     return "\n".join(lines)
 

@@ -20,6 +20,8 @@ from plumbing.files import load_checkpoint, save_checkpoint
 ON_SCREEN = ("loss", "valid_bits_per_byte", "loss_sup", "share_found", "gradient_ratio")
 ON_SCREEN += ("tau_estimate",)
 LOG_LINES = 30  # of each training
+LINE_SECONDS = 2  # between two lines on the screen, so that a short training has few
+FORECAST_SECONDS = 5  # after which a training says how long it will take
 SAVE_SECONDS = 60  # how much work a crash can cost; an interrupt costs none
 KIND, EDITION = "training in progress", 2  # settings had other names in the first edition
 STATE = ("step", "seconds", "rows", "best", "best_step", "score")
@@ -52,6 +54,7 @@ class Progress:
             self.load()
         self.start_step = self.step
         self.begun = self.saved = time.monotonic()
+        self.shown, self.foretold = -math.inf, False
 
     def load(self) -> None:
         saved = load_checkpoint(self.path, KIND)
@@ -95,6 +98,7 @@ class Progress:
             while self.step < self.steps:
                 yield self.step
                 self.step += 1
+                self.foretell()
                 if self.interrupted:
                     self.save()
                     self.raise_if_interrupted()
@@ -103,6 +107,15 @@ class Progress:
         finally:
             for number, handler in zip(signals, previous):
                 signal.signal(number, handler)
+
+    def foretell(self) -> None:
+        """Say once, early in a long training, how long it will take."""
+        seconds = time.monotonic() - self.begun
+        if seconds > FORECAST_SECONDS and not self.foretold:
+            self.foretold = True
+            left = seconds / (self.step - self.start_step) * (self.steps - self.step) / 60
+            if left > 0.5 and self.shown < 0:
+                print(f"{self.name}: about {left:.0f} min", flush=True)
 
     def raise_if_interrupted(self) -> None:
         """Raise if an interrupt is pending. Also called inside long steps, after a `save`."""
@@ -123,15 +136,16 @@ class Progress:
 
     def log(self, tokens_per_step: int, **values) -> None:
         """Print one line, and rewrite the CSV (a row a log line; empty where not measured)."""
-        done = self.step + 1 - self.start_step
-        left = (time.monotonic() - self.begun) / done * (self.steps - self.step - 1)
-        speed = done * tokens_per_step / (time.monotonic() - self.begun)
+        done, seconds = self.step + 1 - self.start_step, time.monotonic() - self.begun
+        left = seconds / done * (self.steps - self.step - 1) / 60
         shown = "  ".join(f"{key} {values[key]:.4g}" for key in ON_SCREEN if key in values)
-        print(
-            f"{self.name:12} {self.step + 1:5d}/{self.steps}  {shown}  "
-            f"{speed:,.0f} tokens/s  {left / 60:.1f} min left",
-            flush=True,
-        )
+        if seconds - self.shown > LINE_SECONDS or self.step + 1 == self.steps:
+            self.shown = seconds
+            print(
+                f"{self.name:12} {self.step + 1:5d}/{self.steps}  {shown}  "
+                f"{done * tokens_per_step / seconds:,.0f} tokens/s  {left:.1f} min left",
+                flush=True,
+            )
         here = {"step": self.step + 1, "tokens": (self.step + 1) * tokens_per_step}
         self.rows.append(here | {"seconds": round(self.elapsed(), 1)} | values)
         columns = list(dict.fromkeys(key for row in self.rows for key in row))

@@ -97,6 +97,21 @@ def quoted(token: int, encoding, width: int = 24) -> str:
     return shown if len(shown) <= width else shown[: width - 4] + "..." + shown[-1]
 
 
+def remark(result, baseline, depth: int) -> str | None:
+    """Why drafts of up to `depth` tokens brought no speed, by the cost model; None if they did."""
+    if not result.produced or result.tokens_per_second >= baseline.tokens_per_second:
+        return None
+    step, cycles = baseline.seconds / (len(baseline.tokens) - 1), len(result.produced)
+    draft, cost = (seconds / cycles / step for seconds in (result.draft_seconds, result.seconds))
+    parts = f"{cost:.1f} plain steps (its draft {draft:.1f})"
+    if cost > depth + 1:
+        return (
+            f"drafting cannot pay here: a cycle costs {parts} and writes at most {depth + 1} tokens"
+        )
+    wrote = sum(result.produced) / cycles
+    return f"this draft did not pay: a cycle cost {parts} and wrote {wrote:.1f} tokens"
+
+
 def compare(name: str, result, baseline) -> str:
     whole = len(result.tokens) / (result.prefill_seconds + result.seconds)
     line = f"{name:15} {result.tokens_per_second:8.1f} tokens/s decoding, {whole:8.1f} end to end"

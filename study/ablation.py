@@ -27,10 +27,11 @@ from plumbing.curves import read_log
 from plumbing.files import load_checkpoint, write_json
 from plumbing.machine import choose_autocast, choose_device, keep_heap
 from plumbing.progress import check_same
-from recipe import KOALA_WEIGHT, PRESETS, TrainConfig, head_settings
+from recipe import HEADS, KOALA_WEIGHT, PRESETS, TrainConfig, head_settings
 from sampling import acceptance
 from study.report import JUDGED, ablation_table, plot_games
-from targets.runs import find_run, load_target, settings_of
+from targets.loading import find_run, name_of, results_folder, target_file
+from targets.runs import load_target, settings_of, trained_heads
 from targets.text import packages_for, read_text
 from train import head_data, train_head
 
@@ -66,14 +67,17 @@ CONTROLS |= dict.fromkeys(["own-nofeature", "own-koala", "own-window"], "own-k2"
 GAMES = "eagle-koala", "eagle-unbalanced"  # a healthy game and an unhealthy one, side by side
 # Student's t: half the width of a mean's 95 % interval in standard errors, by number of values.
 STUDENT = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}
+# Settings of a head that a cell chooses for itself, or its name does.
+CHOSEN = {"layers", "adversarial_weight", "init", "head_data", "target"}
 RATIOS = ("tau_estimate", "tau_sampled", "tau_tuned")  # figures that are compared between cells
 TEMPERATURES = (0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2, 1.4)  # temperatures of q that are tried
 
 
 @dataclass(frozen=True)
 class AblationConfig:
-    out_dir: str | None = option(None, "the run's folder; default: the newest under out/")
-    preset: str = option("cpu", "the recipe of that run's heads", choices=[*PRESETS])
+    out_dir: str | None = option(
+        None, "the run's folder; default: your newest under out/, or trained/cpu"
+    )
     cells: list[str] | None = option(None, f"of {', '.join(CELLS)}; default: all", nargs="+")
     seeds: list[int] | None = option(
         None, "to train and to show, no others; default: train the run's, show all", nargs="+"
@@ -89,19 +93,26 @@ class AblationConfig:
             raise UserError(f"unknown cell {unknown[0]!r}: choose from {', '.join(CELLS)}")
 
 
-def recipe_of(config: AblationConfig, folder: Path, checkpoint: dict) -> TrainConfig:
-    """The run's settings: the target's from its checkpoint, the heads' from the preset."""
-    known = settings_of(folder / "target.pt", checkpoint)
-    preset = "pretrained" if "source" in known else config.preset
+def recipe_of(config: AblationConfig, folder: Path, known: dict) -> TrainConfig:
+    """The recipe of a run: the settings of its target, `known`, and those that its heads share."""
+    preset, shared = "pretrained" if "source" in known else "cpu", {}
+    names = trained_heads(folder)
+    for name in sorted(names, key=lambda name: HEADS.index(name) if name in HEADS else -1):
+        path = folder / f"{name}.pt"  # the last one counts: EAGLE's, with a discriminator
+        try:
+            shared |= settings_of(path, load_checkpoint(path, "draft head"))
+        except UserError:
+            continue  # of the first edition, by minutes: these amounts are no recipe any more
+    shared = {name: value for name, value in shared.items() if name not in CHOSEN} | known
     if "source" in known:
         # The heads learn from all text that this target has written by now.
-        known = {"target": known["source"], "target_context": known["target_context"]}
-        known |= {"written_tokens": 1}
+        shared |= {"target": known["source"], "written_tokens": 1}
     names = {field.name for field in fields(TrainConfig)}
-    values = PRESETS[preset] | {k: v for k, v in known.items() if k in names} | {"preset": preset}
+    values = PRESETS[preset] | {k: v for k, v in shared.items() if k in names} | {"preset": preset}
     given = {"head_tokens": config.head_tokens, "head_data_tokens": config.head_data_tokens}
     values |= {name: value for name, value in given.items() if value is not None}
-    return TrainConfig(**values, out_dir=str(folder), device=config.device, dtype=config.dtype)
+    folder = str(results_folder(folder))
+    return TrainConfig(**values, out_dir=folder, device=config.device, dtype=config.dtype)
 
 
 def cell_config(recipe: TrainConfig, cell: str, seed: int, target) -> TrainConfig:
@@ -210,19 +221,20 @@ def compared(results: dict) -> dict:
 def main() -> None:
     config = parse(AblationConfig, about=__doc__)
     run_folder, device = find_run(config.out_dir), choose_device(config.device)
-    target, checkpoint = load_target(run_folder / "target.pt", device)
+    path = target_file(run_folder)
+    target, checkpoint = load_target(path, device)
     fingerprint = checkpoint["fingerprint"]
-    recipe = recipe_of(config, run_folder, checkpoint)
+    recipe = recipe_of(config, run_folder, settings_of(path, checkpoint))
+    print(f"run {name_of(run_folder)}, its own recipe: {recipe.head_tokens:,} tokens a head")
     autocast = choose_autocast(recipe.dtype, device)
     keep_heap()
     text = None
     if recipe.needs_text:
         text = read_text(recipe.data, packages_for(recipe.target_vocab))
-        known = settings_of(run_folder / "target.pt", checkpoint)
-        check_same(run_folder / "target.pt", known, {"text": text.description["hash"]})
+        text.expect(settings_of(path, checkpoint)["text"])
         text.use(checkpoint["tokenizer"])
     folder, data = recipe.folder / "ablation", {}
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
 
     for cell in config.cells or CELLS:
         own = recipe.of_head(cell)

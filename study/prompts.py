@@ -4,6 +4,10 @@ Acceptance depends on the text, so results are given by task. A model of plain t
 passages of the text kept for testing. Its tasks are `code` (function bodies), `docstring` (prose
 inside code) and `docs` (reference prose). A chat model answers the questions of prompts.jsonl. No
 head is ever trained on them. Source: Spec-Bench, arXiv 2401.07851.
+
+`python -m study.prompts` writes the passages of a run to a file beside it, prompts.jsonl, those
+marked whose greedy text is a loop: most of them, beside a small target. A benchmark of that run
+takes its prompts from there. So it needs no text, and decodes hardly a loop to find the others.
 """
 
 import ast
@@ -14,13 +18,16 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 import tiktoken
 
-from plumbing.cli import UserError
+from plumbing.cli import UserError, option, parse, run
+from plumbing.files import atomic_write
 from speculate import check_prompt, generate
-from study.statistics import is_loop
 from targets.bpe import encode, encode_prompt
+from targets.loading import find_run, load, results_folder
+from targets.outputs import is_loop
 from targets.runs import settings_of
 from targets.text import Document, Text, packages_for
 
@@ -28,6 +35,8 @@ QUESTIONS = Path(__file__).with_name("prompts.jsonl")
 PROMPT_TOKENS = 64
 CANDIDATES = 1500  # prompts to look for, in all tasks together
 MIN_PROMPTS = 5  # a task with fewer prompts is left out
+MARKED = "prompts.jsonl"  # in a run's folder
+MARKED_TOKENS = 128  # of a greedy text that is called a loop or not: bench.py's default
 
 # --------------------------------------------------------------------- questions to a chat model
 
@@ -39,6 +48,23 @@ class Question:
     category: str
     turns: list[str]
     split: str = "test"
+    loop: bool = False  # whether its greedy text of MARKED_TOKENS is known to be one
+
+
+class Prompt(NamedTuple):
+    """Tokens to go on from, and the number of the candidate that they come from."""
+
+    task: str
+    tokens: list[int]
+    conversation: int
+
+
+class Passage(NamedTuple):
+    """A text to go on with, in tokens."""
+
+    task: str
+    tokens: list[int]
+    loop: bool = False  # as above
 
 
 def read_questions(path: Path) -> list[Question]:
@@ -59,7 +85,8 @@ def read_questions(path: Path) -> list[Question]:
         except (ValueError, KeyError, TypeError) as error:
             reason = f"no {error}" if isinstance(error, KeyError) else error
             raise UserError(f"{path}, line {number} is no question: {reason}") from error
-        questions.append(Question(row.get("category", "file"), texts, row.get("split", "test")))
+        split, loop = row.get("split", "test"), row.get("loop") is True
+        questions.append(Question(row.get("category", "file"), texts, split, loop))
     return questions
 
 
@@ -102,10 +129,10 @@ def in_turn(candidates: list, kinds: list[str]) -> list:
 
 def from_documents(
     documents: list[Document], encoding: tiktoken.Encoding, count: int, length: int = PROMPT_TOKENS
-) -> tuple[list[tuple[str, list[int]]], list[str]]:
+) -> tuple[list[Passage], list[str]]:
     """About `count` prompts of `length` tokens, shared out evenly between the tasks, in turn.
 
-    Returns ([(task, tokens), ..], the tasks left out for want of prompts). A hash of its text
+    Returns (prompts, the tasks left out for want of prompts). A hash of its text
     decides whether a passage is taken: so the choice is fixed, yet spread widely.
     """
     found = defaultdict(dict)
@@ -122,8 +149,8 @@ def from_documents(
         if len(taken) < min(MIN_PROMPTS, share):
             left_out.append(task)
         else:
-            prompts += [(task, tokens) for tokens in taken]
-    return in_turn(prompts, [task for task, _ in prompts]), left_out
+            prompts += [Passage(task, tokens) for tokens in taken]
+    return in_turn(prompts, [prompt.task for prompt in prompts]), left_out
 
 
 # ------------------------------------------------------------------- the prompts of a benchmark
@@ -132,14 +159,14 @@ def from_documents(
 def held_out_text(trained: dict, split: str) -> Text | None:
     """One split of the text that a target was trained on; None for a target trained elsewhere.
 
-    `trained`: the target's checkpoint. Raises UserError where the text has changed since.
+    `trained`: the target's checkpoint, its weights are not needed. Raises UserError where text that
+    was given has changed since.
     """
     about, settings = trained["training"], settings_of(Path("target.pt"), trained)
     if "data" not in about:
         return None
     text = Text(settings["data"], packages_for(settings["target_vocab"]), (split,))
-    if text.description["hash"] != about["data"]["hash"]:
-        raise UserError("the text has changed since the target was trained: its split is unknown")
+    text.expect(about["data"]["hash"])
     text.use(trained["tokenizer"])
     return text
 
@@ -152,30 +179,38 @@ def from_file(path: Path) -> list[Question]:
         lines = path.read_text("utf-8").splitlines()
         return [Question("file", [line]) for line in lines if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--prompts_file {path}: {error}") from error
+        raise UserError(f"{path}: {error}") from error
 
 
-def load_prompts(config, target, text: Text | None, encoding) -> list:
-    """Candidates, each (task, tokens) or a question: of --prompts_file, or of this --split.
+def load_prompts(config, folder: Path, target, text: Text | None, encoding) -> list:
+    """Candidates, each a passage or a question: of --prompts_file, or of this --split.
 
-    A chat model's split has questions of prompts.jsonl, any other's has passages of held-out text.
+    A chat model's split has the questions of this folder. Any other's has the passages in the run's
+    `folder`, or of held-out text.
     """
     if config.prompts_file is not None:
         found = from_file(Path(config.prompts_file))
     elif target.chat is not None:
         found = [q for q in from_file(QUESTIONS) if q.split == config.split]
         found = in_turn(found, [q.category for q in found])
+    elif (folder / MARKED).is_file():
+        found = [q for q in from_file(folder / MARKED) if q.split == config.split]
     elif text is None:
         raise UserError("this target has no held-out text of its own: give --prompts_file")
     else:
         found, left_out = from_documents(text.documents[config.split], encoding, CANDIDATES)
         if left_out:
             print(f"left out for want of prompts: {', '.join(left_out)}")
-    if config.prompts_file is not None and target.chat is None:
-        found = [(q.category, encode_prompt(encoding, q.turns[0])) for q in found]
+    if target.chat is None:
+        found = [as_passage(one, encoding) if isinstance(one, Question) else one for one in found]
     if not found:
         raise UserError("there is no prompt to measure with: give more text, or --prompts_file")
     return found
+
+
+def as_passage(question: Question, encoding) -> Passage:
+    """The first turn of a question as a text to go on with."""
+    return Passage(question.category, encode_prompt(encoding, question.turns[0]), question.loop)
 
 
 def check_prompts(config, target, depth: int, prompts: list) -> list[int]:
@@ -186,7 +221,7 @@ def check_prompts(config, target, depth: int, prompts: list) -> list[int]:
     rooms = []
     for candidate in prompts:
         asked = isinstance(candidate, Question)
-        prompt = target.chat.prompt(candidate.turns[:1]) if asked else candidate[1]
+        prompt = target.chat.prompt(candidate.turns[:1]) if asked else candidate.tokens
         check_prompt(target.config, prompt)
         room = min(config.max_new_tokens, target.config.context - len(prompt))
         if room < depth + 2:
@@ -198,18 +233,19 @@ def check_prompts(config, target, depth: int, prompts: list) -> list[int]:
 def choose_prompts(config, target, candidates: list) -> tuple[list, dict]:
     """The first `num_prompts` candidates whose plain text is free of loops, and a few that loop.
 
-    A candidate is (task, tokens) or a `Question`. All turns of a question are played: each is a
-    prompt, which holds the answers before it. Returns (prompts, counts). A prompt is (task, tokens,
-    number of its candidate). The counts: texts decoded, and texts that looped.
+    All turns of a question are played: each is a prompt, which holds the answers before it. Of
+    passages that are marked as loops only those few are decoded. Returns (prompts, counts): each
+    prompt with the number of its candidate; the number of texts, and of those that looped.
     """
-    free, loops = [], []
+    free, loops, skipped, few = [], [], 0, max(1, config.num_prompts // 4)
+    as_marked = config.temperature == 0 and config.max_new_tokens == MARKED_TOKENS
 
     def plain_text(number: int, task: str, prompt: list[int]) -> list[int]:
         check_prompt(target.config, prompt)
         tokens = generate(target, prompt, seed=config.seed, **request_of(config, target)).tokens
         # Two tokens are one cycle at least; a shorter text says nothing about decoding.
         if len(tokens) > 2:
-            (loops if is_loop(tokens) else free).append((task, prompt, number))
+            (loops if is_loop(tokens) else free).append(Prompt(task, prompt, number))
         return tokens
 
     for number, candidate in enumerate(candidates):
@@ -223,15 +259,66 @@ def choose_prompts(config, target, candidates: list) -> tuple[list, dict]:
                 answer = plain_text(number, candidate.category, prompt)
                 answer = [token for token in answer if token != target.chat.stop]
                 said.append(target.chat.encoding.decode(answer))
+        elif candidate.loop and as_marked and len(loops) >= few:
+            skipped += 1
         else:
-            plain_text(number, *candidate)
+            plain_text(number, candidate.task, candidate.tokens)
         if len(free) >= config.num_prompts:
             break
-    counts = {"candidates": len(free) + len(loops), "looped": len(loops)}
+    looped = len(loops) + skipped
+    counts = {"candidates": len(free) + looped, "looped": looped}
     print(f"{counts['looped']} of {counts['candidates']} candidate prompts end in a loop")
-    return free + loops[: max(1, config.num_prompts // 4)], counts
+    return free + loops[:few], counts
 
 
 def request_of(config, target) -> dict:
     """The arguments of `generate` for every text. A chat model stops when its answer ends."""
     return config.request | {"stop_token": None if target.chat is None else target.chat.stop}
+
+
+# --------------------------------------------------------------------- writing them to a file
+
+
+@dataclass(frozen=True)
+class PromptsConfig:
+    out_dir: str | None = option(
+        None, "the run's folder; default: your newest under out/, or trained/cpu"
+    )
+    device: str = option("auto", "auto, cpu or cuda")
+    dtype: str = option("auto", "to decode in", choices=["auto", "float32", "bfloat16"])
+
+
+def marked(target, text: Text, split: str, encoding) -> list[dict]:
+    """Rows for prompts.jsonl: the passages of a split, and whether their greedy text is a loop.
+
+    A passage whose text would be cut into other tokens when it is read again is left out.
+    """
+    rows = []
+    for task, tokens, _ in from_documents(text.documents[split], encoding, CANDIDATES)[0]:
+        words = encoding.decode(tokens)
+        if encode_prompt(encoding, words) == tokens:
+            loop = is_loop(generate(target, tokens, MARKED_TOKENS).tokens)
+            rows.append({"category": task, "split": split, "turns": [words], "loop": loop})
+    return rows
+
+
+def main() -> None:
+    config = parse(PromptsConfig, about=__doc__)
+    folder = find_run(config.out_dir)
+    target, _, encoding = load(folder, None, config.device, config.dtype)
+    path, rows = results_folder(folder) / MARKED, []
+    for split in ("valid", "test"):
+        text = held_out_text(target.about, split)
+        if text is None:
+            raise UserError("this target has no held-out text of its own")
+        rows += marked(target, text, split, encoding)
+        free = sum(not row["loop"] for row in rows if row["split"] == split)
+        print(f"{split}: {free} passages whose text is no loop", flush=True)
+    with atomic_write(path) as file:
+        for row in rows:
+            file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+    print(f"written: {path}, {len(rows)} passages")
+
+
+if __name__ == "__main__":
+    run(main)

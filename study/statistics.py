@@ -13,12 +13,6 @@ import numpy as np
 DRAWS = 2000  # of the bootstrap
 
 
-def is_loop(tokens: list[int], n: int = 4) -> bool:
-    """Whether a text repeats itself: fewer than half of its n-grams are distinct."""
-    grams = [tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)]
-    return len(set(grams)) < len(grams) / 2
-
-
 def percentiles(values: np.ndarray) -> list[float]:
     """The bounds that hold the middle 95 % of the values."""
     return [float(x) for x in np.percentile(values, [2.5, 97.5])]

@@ -1,11 +1,10 @@
-"""Trained runs: a folder with a target and its draft heads, from train.py.
+"""The files of a trained run: a target and its draft heads, in one folder, from train.py.
 
 Every file is a dictionary of plain values and tensors. A head knows its target by a fingerprint.
+loading.py makes a run ready for decoding.
 """
 
-import copy
 import hashlib
-import statistics
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -13,15 +12,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from costs import LENGTH, Bench
 from draft_head import KINDS, HeadConfig, build_head
 from model import GPT, GPTConfig
 from plumbing.cli import UserError
 from plumbing.files import load_checkpoint, save_checkpoint, stored
-from plumbing.machine import choose_device, compile_layers
 from plumbing.progress import check_same
-from targets.bpe import build_encoding
-from targets.chat import Chat
 from targets.text import Text
 
 # Settings of the first edition (up to commit 70beb28) -> their present names.
@@ -91,72 +86,18 @@ def get_target(path: Path, known_by: dict, make: Callable[[], None], text: Text 
     if not (there := path.is_file()):
         make()
     checkpoint = load_checkpoint(path, "target")
-    check_same(path, settings_of(path, checkpoint), known_by)
+    known = settings_of(path, checkpoint)
+    if text is not None and not text.given and "text" in known_by:
+        text.expect(known.get("text"))
+        known_by = {name: value for name, value in known_by.items() if name != "text"}
+    check_same(path, known, known_by)
     if there:
         print("target: there already")
     if text is not None and text.tokenizer is None:  # no tokens were needed yet
         text.use(checkpoint["tokenizer"])
 
 
-@torch.inference_mode()
-def choose_dtype(name: str, target, device: torch.device) -> tuple[torch.dtype, str]:
-    """The dtype to decode in on `device`, and why. `auto`: the faster one, measured on this target.
-
-    On CUDA that is bfloat16 wherever it is supported. On a CPU it depends on the instructions and
-    on the target's size. So a plain step and a pass over 8 tokens are timed in both dtypes.
-    bfloat16 rounds more coarsely: it has to be a tenth faster.
-    """
-    if name != "auto":
-        return getattr(torch, name), "as asked for"
-    if device.type == "cuda":
-        fast = torch.cuda.is_bf16_supported(including_emulation=False)
-        return (torch.bfloat16, "supported") if fast else (torch.float32, "bfloat16 unsupported")
-    middle = min(LENGTH, target.config.context // 2)
-    samples = {torch.float32: [], torch.bfloat16: []}
-    benches = {dtype: Bench(copy.deepcopy(target).to(dtype), middle, 8) for dtype in samples}
-    for _ in range(6):
-        for dtype, bench in benches.items():
-            samples[dtype].append(bench.read(1) + bench.read(8))
-    float32, bfloat16 = (statistics.median(values[1:]) for values in samples.values())
-    why = f"a pass in bfloat16 takes {bfloat16 / float32:.1f} times as long as in float32"
-    return (torch.bfloat16 if bfloat16 < 0.9 * float32 else torch.float32), why
-
-
 # ----------------------------------------------------------------------------- a run's folder
-
-
-def find_run(out_dir: str | None) -> Path:
-    """The run's folder; None: the newest one with a target."""
-    if out_dir is not None:
-        return Path(out_dir)
-    targets = sorted(Path("out").glob("*/target.pt"), key=lambda path: path.stat().st_mtime)
-    if not targets:
-        raise UserError(
-            "there is no trained run under out/: run `python train.py` first (about an hour on "
-            "two CPU cores), or `python train.py --preset smoke` (half a minute, writes nonsense)"
-        )
-    return targets[-1].parent
-
-
-def load(out_dir=None, head="eagle-koala", device="auto", dtype="auto", compile=False):
-    """(target, head, encoding) of a trained run, ready for `generate`.
-
-    `out_dir=None` is the newest run; `head` is the name of a head in it, a path, or None.
-    `target.why_dtype` tells why the target has its dtype. `target.chat` is the form of its
-    conversations, a `chat.Chat`; None for a target without conversations.
-    """
-    folder, device = find_run(out_dir), choose_device(device)
-    # Read on the CPU: a GPU need not hold it in float32 as well.
-    target, checkpoint = load_target(folder / "target.pt")
-    chosen, target.why_dtype = choose_dtype(dtype, target, device)
-    target.to(device, chosen)
-    if compile:
-        compile_layers(target)
-    if head is not None:
-        head = load_head(head_path(folder, head), target, checkpoint["fingerprint"])
-    encoding = build_encoding(checkpoint["tokenizer"])
-    target.chat = Chat.of(encoding, checkpoint["tokenizer"])
-    return target, head, encoding
 
 
 def head_path(folder: Path, head: str) -> Path:

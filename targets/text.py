@@ -190,9 +190,24 @@ class Text:
     """A run's text in tokens: its parts `splits`, cut into windows on demand."""
 
     def __init__(self, paths: list[str] | None, packages: tuple[str, ...], splits: tuple[str, ...]):
-        self.documents = load_documents(paths, packages)
+        self.documents, self.given = load_documents(paths, packages), bool(paths)
         self.description = describe(self.documents, paths, packages)
         self.splits, self.tokenizer = splits, None
+
+    def expect(self, known: str) -> None:
+        """Compare with `known`, the hash of the text that a target was trained on.
+
+        The standard library of another Python differs a little. Its split goes by module names and
+        is the same: that is told. Raises UserError for any other text, whose split is unknown.
+        """
+        if self.description["hash"] == known:
+            return
+        if self.given:
+            raise UserError(
+                "the text has changed since the target was trained: its split is unknown"
+            )
+        ours = self.description["python"]
+        print(f"text: the target learnt from another Python's library than {ours}'s; same split")
 
     def use(self, tokenizer: dict) -> None:
         """Tokenize with `tokenizer`, as `bpe.learn_tokenizer` gave it or a checkpoint kept it."""

@@ -350,7 +350,9 @@ def write_until(written: Conversations, target, encoding, chat, openings, amount
         written.append(tokens, learn, hidden, seconds)
         texts, learnt = f"{written.count:,} texts of {length} tokens", written.learn.sum().item()
         speed = f"{at_once * length / seconds:,.0f} tokens/s"
-        print(f"written: {texts}, {learnt:,} tokens to learn, {speed}", flush=True)
+        left = (amount - written.count * length) / (at_once * length) * seconds / 60
+        left = f"{max(0.0, left):.1f} min left"
+        print(f"written: {texts}, {learnt:,} tokens to learn, {speed}, {left}", flush=True)
 
 
 def self_written(

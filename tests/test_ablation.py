@@ -24,7 +24,7 @@ from study.ablation import (
     recipe_of,
     student_interval,
 )
-from targets.runs import load_target
+from targets.runs import load_target, settings_of
 from train import HeadTraining, new_training
 
 FLOAT32 = Autocast(torch.device("cpu"), torch.float32)
@@ -32,15 +32,17 @@ FLOAT32 = Autocast(torch.device("cpu"), torch.float32)
 
 @pytest.fixture
 def folder(tiny_run, tmp_path):
-    """A run of its own for each test: it has the target, which is all that an ablation takes."""
-    return shutil.copy(tiny_run.folder / "target.pt", tmp_path / "target.pt").parent
+    """A run of its own for each test: the target, and the heads whose recipe is taken."""
+    for path in tiny_run.folder.glob("*.pt"):
+        shutil.copy(path, tmp_path)
+    return tmp_path
 
 
 @pytest.fixture
 def recipe(folder):
     target, checkpoint = load_target(folder / "target.pt")
-    config = AblationConfig(preset="smoke", head_tokens=512, head_data_tokens=4000)
-    return target, recipe_of(config, folder, checkpoint)
+    config = AblationConfig(head_tokens=512, head_data_tokens=4000)
+    return target, recipe_of(config, folder, settings_of(folder / "target.pt", checkpoint))
 
 
 def test_the_recipe_is_that_of_the_run(recipe, folder, tiny_run):
@@ -51,6 +53,17 @@ def test_the_recipe_is_that_of_the_run(recipe, folder, tiny_run):
         [str(tiny_run.data)],
     )
     assert config.head_tokens == 512 and config.folder == folder
+    target, checkpoint = load_target(folder / "target.pt")
+    known = settings_of(folder / "target.pt", checkpoint)
+    config = recipe_of(AblationConfig(), folder, known)
+    assert (config.head_tokens, config.head_data_tokens, config.written_tokens) == (
+        8000,
+        4000,
+        4000,
+    )
+    assert (config.discriminator_steps, config.head_window, config.head_data) == (3, None, "auto")
+    (folder / "eagle-koala.pt").unlink()  # Medusa's has all there is to know about D
+    assert recipe_of(AblationConfig(), folder, known) == config
 
 
 @pytest.mark.parametrize("context", ["target_context", "context"])
@@ -58,7 +71,8 @@ def test_the_recipe_beside_a_pretrained_target_is_its_presets(tmp_path, context)
     """In its own window, and with as much text as is written by now; of either edition."""
     known = {"source": "tiny.gguf", "sha256": "0", context: 1024}
     checkpoint = {"training": {"settings": known}}
-    config = recipe_of(AblationConfig(head_tokens=512), tmp_path, checkpoint)
+    known = settings_of(tmp_path / "target.pt", checkpoint)
+    config = recipe_of(AblationConfig(head_tokens=512), tmp_path, known)
     assert (config.preset, config.target, config.target_context) == (
         "pretrained",
         "tiny.gguf",
@@ -114,7 +128,7 @@ def test_an_interval_is_students():
 
 
 def test_cells_are_trained_once_and_pairs_of_seeds_compared(call, folder):
-    flags = ["--out_dir", folder, "--preset", "smoke", "--device", "cpu"]
+    flags = ["--out_dir", folder, "--device", "cpu"]
     flags += ["--dtype", "float32", "--head_tokens", "512", "--head_data_tokens", "4000"]
     flags += ["--cells", "eagle-k2", "eagle-koala", "--seeds"]
     status, out, err = call(ablation.main, *flags, "0", "1")
@@ -152,7 +166,7 @@ def test_cells_are_trained_once_and_pairs_of_seeds_compared(call, folder):
 
 
 def test_two_games_are_drawn_side_by_side(call, folder):
-    flags = ["--out_dir", folder, "--preset", "smoke", "--device", "cpu", "--dtype", "float32"]
+    flags = ["--out_dir", folder, "--device", "cpu", "--dtype", "float32"]
     flags += ["--head_tokens", "4096", "--head_data_tokens", "4000", "--cells"]
     picture = folder / "ablation/games.png"
     assert call(ablation.main, *flags, GAMES[0])[0] == 0 and not picture.exists()
@@ -169,11 +183,11 @@ def test_own_steps_and_the_game_begin_with_the_same_step(call, folder, monkeypat
         return step(training, batch, part, own_steps, *more)
 
     monkeypatch.setattr(HeadTraining, "joint_step", noted)
-    flags = ["--out_dir", folder, "--preset", "smoke", "--device", "cpu", "--dtype", "float32"]
+    flags = ["--out_dir", folder, "--device", "cpu", "--dtype", "float32"]
     flags += ["--head_data_tokens", "4000", "--cells", "eagle-own-koala"]
     status, _, err = call(ablation.main, *flags, "--head_tokens", steps * 256)
     assert status == 0, err
-    alone = [("D alone", 3)] * 10  # the preset's --discriminator_steps
+    alone = [("D alone", 3)] * 3  # of the run's own heads
     assert made == [("supervised", 1)] * begun + alone + [("joint", 3)] * (steps - begun)
 
 
@@ -207,7 +221,7 @@ def test_the_run_of_the_first_edition_can_be_ablated():
     """Its settings have other names: what is lost on the way would be that of the preset."""
     folder = Path(__file__).parent / "first_edition"
     target, checkpoint = load_target(folder / "target.pt")
-    config = recipe_of(AblationConfig(preset="smoke"), folder, checkpoint)
+    config = recipe_of(AblationConfig(), folder, settings_of(folder / "target.pt", checkpoint))
     assert (config.target_vocab, config.target_layers, config.target_heads) == (300, 1, 2)
     assert (config.target_width, config.target_context, config.target_mlp_width) == (16, 32, 16)
     assert (config.batch_tokens, config.target_tokens, config.data) == (256, 20000, ["text"])

@@ -104,12 +104,12 @@ def test_bad_input_is_refused_before_anything_is_measured(measured, flags):
 @pytest.mark.parametrize("split", ["valid", "test"])
 def test_prompts_come_from_the_split_that_was_asked_for(tiny_run, split):
     target, _, encoding = bench.load(tiny_run.folder, None)
-    text = bench.held_out_text(
-        bench.load_checkpoint(tiny_run.folder / "target.pt", "target"), split
+    text = bench.held_out_text(target.about, split)
+    prompts = bench.load_prompts(
+        bench.BenchConfig(split=split), tiny_run.folder, target, text, encoding
     )
-    prompts = bench.load_prompts(bench.BenchConfig(split=split), target, text, encoding)
     known = "\0".join(document.text for document in text.documents[split])
-    assert prompts and all(encoding.decode(tokens) in known for _, tokens in prompts)
+    assert prompts and all(encoding.decode(prompt.tokens) in known for prompt in prompts)
 
 
 def test_a_window_too_small_for_the_usual_prompts_is_said(tiny_run, call):

@@ -7,7 +7,7 @@ from toys import tiny_head, tiny_target
 from costs import ROUNDS, Size, best_size, expected_tau, fastest, isolated_costs, size_costs
 from drafts import chain_paths, fixed_tree, plan_draft
 from plumbing.cli import UserError
-from targets.runs import choose_dtype
+from targets.loading import choose_dtype
 
 CPU = torch.device("cpu")
 

@@ -206,7 +206,11 @@ def test_held_out_standard_library_gives_prompts_of_all_three_tasks(library):
     encoding = build_encoding({"name": "bpe", "pattern": PIECES, "tokens": BYTES})
     for split in ("valid", "test"):
         chosen, left_out = from_documents(library[split], encoding, 30)
-        assert Counter(task for task, _ in chosen) == {"code": 10, "docs": 10, "docstring": 10}
+        assert Counter(prompt.task for prompt in chosen) == {
+            "code": 10,
+            "docs": 10,
+            "docstring": 10,
+        }
         assert not left_out
 
 
@@ -298,15 +302,15 @@ def test_prompts_have_the_exact_length_and_are_the_same_every_time(encoding, tex
     first, left_out = from_documents(documents, encoding, 7, length=16)
     again, _ = from_documents(list(reversed(documents)), encoding, 7, length=16)
     assert first == again and not left_out
-    assert all(len(tokens) == 16 for _, tokens in first)
-    assert Counter(task for task, _ in first) == {"fables": 4, "letters": 4}  # 7, rounded up
+    assert all(len(tokens) == 16 for _, tokens, _ in first)
+    assert Counter(prompt.task for prompt in first) == {"fables": 4, "letters": 4}  # 7, rounded up
 
 
 def test_a_task_with_too_few_prompts_is_reported(encoding):
     many = [Document(f"m{i}", f"m{i}", f"{i} " + TEXT, "many") for i in range(20)]
     few = [Document("f", "f", "a few words that are just about long enough", "few")]
     chosen, left_out = from_documents(many + few, encoding, 20, length=16)
-    assert left_out == ["few"] and {task for task, _ in chosen} == {"many"}
+    assert left_out == ["few"] and {prompt.task for prompt in chosen} == {"many"}
 
 
 PYTHON = '''"""About the module."""

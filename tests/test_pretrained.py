@@ -6,11 +6,14 @@ read from them is held against the architecture written down once more, in Huggi
 convention. What cannot come out exactly has to be refused by name.
 """
 
+import io
 import json
 import random
+import shutil
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -25,8 +28,9 @@ from recipe import TrainConfig
 from speculate import generate
 from targets import pretrained
 from targets.bpe import build_encoding, encode, encode_prompt, tokenize
+from targets.loading import load
 from targets.pretrained import PACKAGED, find_source, import_target
-from targets.runs import load, load_head, load_target
+from targets.runs import load_head, load_target
 from targets.text import read_text
 from targets.tokenizers import DIGITS, GPT2
 
@@ -613,6 +617,66 @@ def test_a_chat_model_is_asked_and_answers(chat_run, call):
     for more in ([], ["--nodes", "6"], ["--raw"], ["--head", "medusa"], ["--trace"]):
         status, out, err = call(speculate.main, *common, "--max_new_tokens", "9", *more)
         assert status == 0 and "the two outputs are identical" in out, err
+
+
+def test_a_conversation_goes_on_line_by_line(chat_run, call, monkeypatch):
+    """Each answer is to all turns so far; what outgrows the window is forgotten, oldest first."""
+    folder, _ = chat_run
+    argv = ["--out_dir", folder, "--device", "cpu", "--dtype", "float64", "--max_new_tokens", "5"]
+    target, _, encoding = load(folder, None, "cpu", "float64")
+    lines = ["a user", "is us", "user " * 150, "a", "b", "user " * 30, "c", "d"]
+    lines = [line.strip() for line in lines]
+    said, asked, made, forgotten = [], [], [], 0
+    for line in lines:
+        said.append(line)
+        while len(prompt := target.chat.prompt(said)) + 5 > target.config.context and said[1:]:
+            said, forgotten = said[2:], forgotten + 1
+        if len(prompt) + 5 > target.config.context:
+            said = []
+            continue
+        written = generate(target, prompt, 5, stop_token=target.chat.stop).tokens
+        said.append(encoding.decode([token for token in written if token != target.chat.stop]))
+        asked.append((prompt, written))
+    typed = "\n".join(lines).encode() + b"\n"
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(typed)))
+
+    def kept(target, prompt, *more, **request):
+        out = generate(target, prompt, *more, **request)
+        made.append((prompt, out.tokens))
+        return out
+
+    monkeypatch.setattr(speculate, "generate", kept)
+    status, out, err = call(speculate.main, *argv, "--chat")
+    assert status == 0 and err.count("\n") == 1 and "there is room for" in err
+    assert forgotten > 1 and len(asked) == 7 and out.count(" tokens/s, tau ") == 7
+    assert asked == made
+
+
+def test_a_target_without_a_chat_format_does_not_converse(tiny_run, call):
+    status, _, err = call(speculate.main, "--out_dir", tiny_run.folder, "--chat")
+    assert status == 2 and "--chat needs a chat model" in err and err.count("\n") == 1
+
+
+def test_a_run_with_heads_alone_reads_its_target_from_the_package(
+    chat_run, call, tmp_path, monkeypatch
+):
+    """As trained/smollm2: target.json names the model. It is read once, into out/."""
+    folder, flags = chat_run
+    shipped = tmp_path / "trained" / "tiny"
+    shipped.mkdir(parents=True)
+    shutil.copy(folder / "eagle.pt", shipped)
+    context = torch.load(folder / "target.pt", weights_only=True)["config"]["context"]
+    about = {"target": "tiny", "target_context": context}
+    (shipped / "target.json").write_text(json.dumps(about))
+    monkeypatch.setattr("targets.loading.TRAINED", shipped.parent)
+    monkeypatch.setattr("targets.loading.find_source", lambda name: Path(flags[1]))
+    monkeypatch.chdir(tmp_path)
+    argv = ["a user", "--out_dir", shipped, "--max_new_tokens", "5", "--dtype", "float64"]
+    for times in (1, 0):
+        status, out, err = call(speculate.main, *argv)
+        assert (status, err) == (0, "") and out.count("reading tiny.gguf into") == times
+        assert "head eagle," in out and "the two outputs are identical" in out
+    assert (tmp_path / "out/tiny/target.pt").is_file() and len(list(shipped.iterdir())) == 2
 
 
 def test_a_chat_model_is_measured_by_questions_of_several_turns(chat_run, call, tmp_path):

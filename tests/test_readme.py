@@ -9,7 +9,8 @@ import pytest
 
 from study.ablation import compared
 from study.report import DOCUMENTS, RESULTS, with_tables
-from study.statistics import evaluate, is_loop
+from study.statistics import evaluate
+from targets.outputs import is_loop
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"

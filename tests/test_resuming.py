@@ -26,7 +26,8 @@ from recipe import HEADS, PRESETS, TrainConfig
 from speculate import generate
 from targets.bpe import encode_prompt
 from targets.features import VALID_WINDOWS, Features, evenly
-from targets.runs import fingerprint, load, load_head, load_target, trained_heads
+from targets.loading import load
+from targets.runs import fingerprint, load_head, load_target, trained_heads
 from targets.text import Text
 from targets.written import Conversations, Written, not_repeated
 from train import HeadTraining

@@ -1,0 +1,135 @@
+"""Which run is meant, and its target and head made ready for decoding.
+
+A run is a folder with a target and its heads. Unless one is named, it is the newest of your own
+under out/. Where there is none yet, it is trained/cpu, which came with the code; whatever is
+written beside that goes under out/. A run of a pretrained target that came with the code has heads
+alone: target.json names the model, which is read from its own package, once.
+"""
+
+import copy
+import json
+import statistics
+from pathlib import Path
+
+import torch
+
+from costs import LENGTH, Bench
+from plumbing.files import load_checkpoint, save_checkpoint
+from plumbing.machine import choose_device, compile_layers
+from targets.bpe import build_encoding
+from targets.chat import Chat
+from targets.pretrained import find_source, import_target
+from targets.runs import head_path, load_head, load_target, trained_heads
+
+TRAINED = Path(__file__).parent.parent / "trained"
+NOT_MEANT = "smoke"  # a run of nonsense: it has to be asked for
+FAVOURITE = "eagle-koala"
+
+# -------------------------------------------------------------------------------- which run
+
+
+def find_run(out_dir: str | None, chat: bool = False) -> Path:
+    """The run's folder; None: the newest of your own that has a head, or one of trained/.
+
+    `chat`: whether the target has to be a chat model, where it is one of trained/.
+    """
+    if out_dir is not None:
+        return Path(out_dir)
+    newest = {}
+    for target in Path("out").glob("*/target.pt"):
+        heads = [target.with_name(f"{name}.pt") for name in trained_heads(target.parent)]
+        if heads and target.parent.name != NOT_MEANT:
+            newest[target.parent] = max(head.stat().st_mtime for head in heads)
+    return max(newest, key=newest.get) if newest else TRAINED / ("smollm2" if chat else "cpu")
+
+
+def came_along(folder: Path) -> bool:
+    """Whether a run came with the code."""
+    return folder.resolve().parent == TRAINED.resolve()
+
+
+def name_of(folder: Path) -> str:
+    """A run as it is shown."""
+    return f"trained/{folder.name} (came with the code)" if came_along(folder) else str(folder)
+
+
+def results_folder(folder: Path) -> Path:
+    """Where results about a run are written: its own folder, or one under out/."""
+    return Path("out") / f"trained-{folder.name}" if came_along(folder) else folder
+
+
+def target_file(folder: Path) -> Path:
+    """The run's target.pt. A pretrained target that it only names is read from its source, once."""
+    path, named = folder / "target.pt", folder / "target.json"
+    if path.is_file() or not named.is_file():
+        return path
+    about = json.loads(named.read_text("utf-8"))
+    path = Path("out") / about["target"] / "target.pt"
+    if not path.is_file():
+        source = find_source(about["target"])
+        print(f"reading {source.name} into {path}, once")
+        import_target(source, path, about["target_context"])
+    return path
+
+
+def copy_target(path: Path) -> None:
+    """Put the small target that came with the code at `path`, for heads of your own beside it."""
+    print(f"target: that of trained/cpu, which came with the code, copied to {path}")
+    save_checkpoint(path, load_checkpoint(TRAINED / "cpu" / "target.pt", "target"))
+
+
+# ------------------------------------------------------------------------- ready for decoding
+
+
+@torch.inference_mode()
+def choose_dtype(name: str, target, device: torch.device) -> tuple[torch.dtype, str]:
+    """The dtype to decode in on `device`, and why. `auto`: the faster one, measured on this target.
+
+    On CUDA that is bfloat16 wherever it is supported. On a CPU it depends on the instructions and
+    on the target's size. So a plain step and a pass over 8 tokens are timed in both dtypes.
+    bfloat16 rounds more coarsely: it has to be a tenth faster.
+    """
+    if name != "auto":
+        return getattr(torch, name), "as asked for"
+    if device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+        return (torch.bfloat16, "supported") if fast else (torch.float32, "bfloat16 unsupported")
+    middle = min(LENGTH, target.config.context // 2)
+    samples = {torch.float32: [], torch.bfloat16: []}
+    benches = {dtype: Bench(copy.deepcopy(target).to(dtype), middle, 8) for dtype in samples}
+    for _ in range(6):
+        for dtype, bench in benches.items():
+            samples[dtype].append(bench.read(1) + bench.read(8))
+    float32, bfloat16 = (statistics.median(values[1:]) for values in samples.values())
+    why = f"a pass in bfloat16 takes {bfloat16 / float32:.1f} times as long as in float32"
+    return (torch.bfloat16 if bfloat16 < 0.9 * float32 else torch.float32), why
+
+
+def load(out_dir=None, head="auto", device="auto", dtype="auto", compile=False):
+    """(target, head, encoding) of a trained run, ready for `generate`.
+
+    `out_dir=None`: see `find_run`. `head` is the name of a head in the run, a path, or None; auto
+    is eagle-koala, or where there is none the run's first. `target.why_dtype` tells why the target
+    has its dtype, `target.about` is its checkpoint without the weights. `target.chat` is the form
+    of its conversations, a `chat.Chat`; None for a target without conversations.
+    """
+    folder, device = find_run(out_dir), choose_device(device)
+    # Read on the CPU: a GPU need not hold it in float32 as well.
+    target, checkpoint = load_target(target_file(folder))
+    chosen, target.why_dtype = choose_dtype(dtype, target, device)
+    target.to(device, chosen)
+    if compile:
+        compile_layers(target)
+    if head is not None:
+        path = head_path(folder, favourite(folder) if head == "auto" else head)
+        head = load_head(path, target, checkpoint["fingerprint"])
+    encoding = build_encoding(checkpoint["tokenizer"])
+    target.chat = Chat.of(encoding, checkpoint["tokenizer"])
+    target.about = {key: value for key, value in checkpoint.items() if key != "weights"}
+    return target, head, encoding
+
+
+def favourite(folder: Path) -> str:
+    """The head that is taken where none is named."""
+    names = trained_heads(folder)
+    return FAVOURITE if FAVOURITE in names or not names else names[0]
