@@ -21,6 +21,7 @@ import speculate
 import train
 from plumbing.cli import UserError, parse
 from plumbing.machine import choose_device
+from plumbing.show import Printer
 from recipe import HEADS, PRESETS, TrainConfig, recorded, usual_preset
 
 ROOT = Path(__file__).parent.parent
@@ -166,6 +167,20 @@ def test_a_seed_decides_what_is_sampled(speak):
     pages = [speak("--temperature", "1", "--seed", seed)[1] for seed in ("1", "1", "2")]
     texts = [page.split("\n", 1)[1].split("\nautoregressive")[0] for page in pages]
     assert texts[0] == texts[1] != texts[2]
+
+
+@pytest.mark.parametrize("terminal, no_color, coloured", [(1, "", 1), (1, "1", 0), (0, "", 0)])
+def test_accepted_drafts_are_coloured_in_a_terminal_unless_told_not_to(
+    monkeypatch, capsys, terminal, no_color, coloured
+):
+    """By the convention of no-color.org: an empty NO_COLOR says nothing."""
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: bool(terminal))
+    monkeypatch.setenv("NO_COLOR", no_color)
+    encoding = SimpleNamespace(decode_bytes=lambda tokens: bytes(tokens))
+    printer = Printer(encoding, stop_token=0)
+    printer.show(SimpleNamespace(tokens=[65, 66], accepted=1))
+    printer.finish()
+    assert capsys.readouterr().out == ("\033[32mA\033[0mB\n" if coloured else "AB\n")
 
 
 def test_a_trace_shows_every_cycle_in_lines_of_at_most_100_columns(speak):

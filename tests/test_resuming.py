@@ -7,11 +7,13 @@ anything. All runs here are tiny, but train.py itself trains them.
 
 import csv
 import json
+import math
 import os
 import shutil
 import signal
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,8 +22,9 @@ import bench
 import train
 from drafts import measure_acceptance
 from plumbing.cli import UserError
+from plumbing.curves import heads_table
 from plumbing.files import load_checkpoint, stored
-from plumbing.progress import Progress, check_same, schedule
+from plumbing.progress import Progress, check_same, is_due, schedule
 from recipe import HEADS, PRESETS, TrainConfig
 from speculate import generate
 from targets.bpe import encode_prompt
@@ -85,6 +88,33 @@ def test_the_best_weights_are_kept_as_they_were(tmp_path):
             counter.weight += 1
         progress.keep_if_best(score, counter)
     assert progress.best["weight"].item() == 2 and progress.score == 3.0
+
+
+@pytest.mark.parametrize("step_seconds, lines, foretold", [(0.05, 4, 0), (4.0, 30, 1)], ids=str)
+def test_a_short_training_has_few_lines_and_a_long_one_says_how_long(
+    tmp_path, monkeypatch, capsys, step_seconds, lines, foretold
+):
+    clock = [0.0]
+    monkeypatch.setattr("plumbing.progress.time", SimpleNamespace(monotonic=lambda: clock[0]))
+    monkeypatch.setattr("plumbing.progress.SAVE_SECONDS", math.inf)
+    progress = Progress(tmp_path, "c", 90, {}, {})
+    for step in progress:
+        clock[0] += step_seconds
+        if is_due(step, 90, 30):
+            progress.log(100, loss=1.0)
+    out = capsys.readouterr().out
+    assert out.count(" min left") == lines and out.count("c: about 6 min\n") == foretold
+    assert len(log_of(tmp_path / "c.csv")) == 30  # all of them, whatever is on the screen
+    assert out.splitlines()[-1].split()[1:2] == ["90/90"] and "0.0 min left" in out
+
+
+def test_shares_of_a_few_drafts_have_two_digits_and_their_number():
+    valid = {"agree_1": 4 / 11, "agree_2": 3 / 11, "alpha_1": 0.3241, "tau_estimate": 1.46}
+    settings = {"layers": 1, "adversarial_weight": 0.0, "head_data": "self"}
+    record = {"name": "medusa", "settings": settings, "parameters": 1e6, "seconds": 60}
+    for drafts, cells in ((11, "0.36, 0.27 (of 11) | 0.32 |"), (1000, "0.364, 0.273 | 0.324 |")):
+        table = heads_table([record | {"valid": valid | {"drafts": drafts}}])
+        assert cells in table
 
 
 # ----------------------------------------------------------------------------- the tiny run
