@@ -69,13 +69,13 @@ def differences(rows: list[dict]) -> dict:
 def references(methods: dict) -> dict[str, list[str]]:
     """The methods that each is compared with.
 
-    KOALA's head is compared with the original head of the same setting, and any other draft with
-    the chain of its own head.
+    A head is compared with the original one of its kind in the same setting, and any other draft
+    with the chain of its own head.
     """
     known = {(m["head"], m["setting"]): name for name, m in methods.items()}
     found = {}
     for name, method in methods.items():
-        keys = (method["head"].removesuffix("-koala"), method["setting"]), (method["head"], "chain")
+        keys = (method["head"].split("-")[0], method["setting"]), (method["head"], "chain")
         found[name] = [known[key] for key in keys if known.get(key, name) != name]
     return {name: others for name, others in found.items() if others}
 

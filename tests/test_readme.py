@@ -161,6 +161,7 @@ def test_koala_is_compared_with_its_original_and_trees_with_their_chain():
     settings = [
         ("eagle", "chain"),
         ("eagle-koala", "chain"),
+        ("eagle-k2", "chain"),
         ("eagle", "auto"),
         ("eagle-koala", "auto"),
     ]
@@ -174,6 +175,7 @@ def test_koala_is_compared_with_its_original_and_trees_with_their_chain():
     pairs = {name: [other["with"] for other in rows] for name, rows in found.items()}
     assert pairs == {
         "eagle-koala chain": ["eagle chain"],
+        "eagle-k2 chain": ["eagle chain"],
         "eagle auto": ["eagle chain"],
         "eagle-koala auto": ["eagle auto", "eagle-koala chain"],
     }
