@@ -28,7 +28,7 @@ from speculate import check_prompt, generate
 from targets.bpe import encode, encode_prompt
 from targets.loading import find_run, load, results_folder
 from targets.outputs import is_loop
-from targets.runs import settings_of
+from targets.runs import settings_of, trained_heads
 from targets.text import Document, Text, packages_for
 
 QUESTIONS = Path(__file__).with_name("prompts.jsonl")
@@ -288,16 +288,17 @@ class PromptsConfig:
     dtype: str = option("auto", "to decode in", choices=["auto", "float32", "bfloat16"])
 
 
-def marked(target, text: Text, split: str, encoding) -> list[dict]:
+def marked(target, head, text: Text, split: str, encoding) -> list[dict]:
     """Rows for prompts.jsonl: the passages of a split, and whether their greedy text is a loop.
 
-    A passage whose text would be cut into other tokens when it is read again is left out.
+    The text is the target's, whatever `head` drafts; with one it comes sooner. A passage whose
+    words would be cut into other tokens when they are read again is left out.
     """
     rows = []
     for task, tokens, _ in from_documents(text.documents[split], encoding, CANDIDATES)[0]:
         words = encoding.decode(tokens)
         if encode_prompt(encoding, words) == tokens:
-            loop = is_loop(generate(target, tokens, MARKED_TOKENS).tokens)
+            loop = is_loop(generate(target, tokens, MARKED_TOKENS, head=head).tokens)
             rows.append({"category": task, "split": split, "turns": [words], "loop": loop})
     return rows
 
@@ -305,13 +306,14 @@ def marked(target, text: Text, split: str, encoding) -> list[dict]:
 def main() -> None:
     config = parse(PromptsConfig, about=__doc__)
     folder = find_run(config.out_dir)
-    target, _, encoding = load(folder, None, config.device, config.dtype)
+    head = "auto" if trained_heads(folder) else None
+    target, head, encoding = load(folder, head, config.device, config.dtype)
     path, rows = results_folder(folder) / MARKED, []
     for split in ("valid", "test"):
         text = held_out_text(target.about, split)
         if text is None:
             raise UserError("this target has no held-out text of its own")
-        rows += marked(target, text, split, encoding)
+        rows += marked(target, head, text, split, encoding)
         free = sum(not row["loop"] for row in rows if row["split"] == split)
         print(f"{split}: {free} passages whose text is no loop", flush=True)
     with atomic_write(path) as file:

@@ -6,6 +6,7 @@ compares them.
 """
 
 import json
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -13,6 +14,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from plumbing.curves import colours, read_log
+from plumbing.files import load_checkpoint
+from targets.loading import TRAINED
 
 # Each target's measurements of a second layer: eagle-koala against eagle in a benchmark, and
 # eagle-k2 against eagle-original in ablations.
@@ -23,7 +26,7 @@ SUMMARY = {"cpu-greedy": "small GPT, greedy", "cpu-sampled": "small GPT, tempera
 SUMMARY |= {"smollm2-greedy": "SmolLM2-135M, greedy"}
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "results"
-DOCUMENTS = (ROOT / "README.md", ROOT / "RESULTS.md")
+DOCUMENTS = (ROOT / "README.md", ROOT / "RESULTS.md", ROOT / "trained/README.md")
 # The discriminator's figures, see discriminator.py, and their names in tables.
 JUDGED = {"share_found": "share", "gradient_ratio": "gradients", "cosine": "cosine"}
 # Of all plots: their text can be read when they are shown at half size.
@@ -156,22 +159,46 @@ def summary_table() -> str:
     return table("target, decoding | head | draft | tau [95 %] | speedup | predicted", rows)
 
 
-def with_tables(text: str) -> str:
-    """A document with new tables in each `<!-- results/NAME.json -->` block, from that file.
-
-    A block with `*` for NAME gets the summary.
-    """
-    parts = text.split("<!-- results/")
-    for index, part in enumerate(parts[1:], start=1):
-        name, rest = part.split(".json -->", 1)
-        after = rest[rest.index("<!-- end -->") :]
-        if name == "*":
-            tables = summary_table()
+def trained_table() -> str:
+    """The weights in trained/, by their own records."""
+    rows = []
+    for path in sorted(TRAINED.glob("*/*.pt"), key=lambda path: (path.parent.name, path.stem)):
+        kind = "target" if path.stem == "target" else "draft head"
+        record = load_checkpoint(path, kind)["training"]
+        if kind == "target":
+            figure, what = f"{record['valid_bits_per_byte']:.3f} bits per byte", "target"
         else:
-            result = read_result(name)
-            tables = ablation_table(result) if "cells" in result else bench_tables(result, True)
-        parts[index] = f"{name}.json -->\n{tables}\n{after}"
-    return "<!-- results/".join(parts)
+            figure = f"tau {record['valid']['tau_estimate']:.2f}, estimated"
+            used = record["settings"]
+            what = f"K = {used['layers']}, lambda = {used['adversarial_weight']:g}"
+        size, minutes = path.stat().st_size / 1e6, record["seconds"] / 60
+        row = [f"{path.parent.name}/{path.name}", what, f"{record['parameters'] / 1e6:.2f} M"]
+        row += [f"{size:.1f} MB", figure, f"{minutes:.0f}", f"`{record['origin']['command']}`"]
+        rows.append([*row, record["origin"]["commit"]])
+    header = "file | what | parameters | size | held-out text | minutes | command | at commit"
+    return table(header, rows)
+
+
+def tables_of(name: str) -> str:
+    """The tables of a block with this name, see `with_tables`."""
+    if name in ("results/*.json", "trained"):
+        return summary_table() if name == "results/*.json" else trained_table()
+    result = read_result(Path(name).stem)
+    return ablation_table(result) if "cells" in result else bench_tables(result, True)
+
+
+def with_tables(text: str) -> str:
+    """A document with new tables in each block from `<!-- NAME -->` to `<!-- end -->`.
+
+    NAME is results/FILE.json, for that result; results/*.json, for the summary; or trained.
+    """
+    block = r"(<!-- (results/[^ ]+\.json|trained) -->\n).*?<!-- end -->"
+    return re.sub(
+        block,
+        lambda found: f"{found[1]}{tables_of(found[2])}\n<!-- end -->",
+        text,
+        flags=re.DOTALL,
+    )
 
 
 # ----------------------------------------------------------------------------------------- plots

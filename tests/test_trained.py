@@ -16,11 +16,12 @@ import bench
 import speculate
 import train
 from plumbing.cli import UserError
-from recipe import LAB, PRESETS, TrainConfig, usual_preset
+from plumbing.files import load_checkpoint
+from recipe import HEADS, LAB, PRESETS, TrainConfig, usual_preset
 from speculate import generate
 from study import prompts
 from targets.bpe import encode_prompt
-from targets.loading import find_run, load, results_folder
+from targets.loading import TRAINED, find_run, load, results_folder
 from targets.outputs import NEAR_TIE, is_loop, same_or_not
 from targets.text import Document
 
@@ -286,3 +287,53 @@ def test_a_tree_that_the_temperature_ruins_is_warned_of(came_along, call, monkey
         assert ("a chain of 4 reaches tau 3.00" in out) == warned
     monkeypatch.setattr("costs.expected_tau", lambda head, gamma, nodes, _: 3.0 if nodes else 2.0)
     assert "reaches tau" not in call(speculate.main, *SPEAK, "--temperature", 1, "--nodes", 8)[1]
+
+
+# ------------------------------------------------------------------------------ the shipped files
+
+SHIPPED = sorted(TRAINED.glob("*/*.pt"))
+
+
+def test_every_shipped_file_is_what_its_checksum_says():
+    lines = (TRAINED / "SHA256SUMS").read_text().splitlines()
+    listed = {name: digest for digest, name in (line.split("  ") for line in lines)}
+    about = ("README.md", "SHA256SUMS")
+    assert listed == {name: h for name, h in hashes(TRAINED).items() if name not in about}
+    assert sum((TRAINED / name).stat().st_size for name in listed) <= 50e6
+    assert {"cpu/target.pt", "cpu/eagle.pt", "cpu/eagle-koala.pt", "cpu/prompts.jsonl"} <= set(
+        listed
+    )
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_every_shipped_file_has_its_record_and_is_in_bfloat16(path):
+    kind = "target" if path.stem == "target" else "draft head"
+    checkpoint = load_checkpoint(path, kind)
+    record = checkpoint["training"]
+    assert record["origin"]["command"].startswith("python train.py")
+    assert record["origin"]["commit"] and not record["origin"]["commit"].endswith("+")
+    assert record["seconds"] > 0 and record["settings"]
+    weights = checkpoint["weights"].values()
+    assert {w.dtype for w in weights if w.is_floating_point()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_the_shipped_run_decodes_exactly(name):
+    """In float64, where no rounding can part the two texts."""
+    target, head, encoding = load(TRAINED / "cpu", name, "cpu", "float64")
+    tokens = encoding.encode("def read_file(path):")
+    plain = generate(target, tokens, 16)
+    drafted = generate(target, tokens, 16, head=head)
+    assert drafted.tokens == plain.tokens
+    assert drafted.acceptance_length > 1.2  # it is real text, and its drafts are
+
+
+def test_the_shipped_passages_are_those_of_held_out_text():
+    rows = prompts.read_questions(TRAINED / "cpu" / "prompts.jsonl")
+    encoding = load(TRAINED / "cpu", None, "cpu", "float32")[2]
+    for split in ("valid", "test"):
+        of_split = [row for row in rows if row.split == split]
+        assert {row.category for row in of_split} == {"code", "docs", "docstring"}
+        assert sum(not row.loop for row in of_split) >= 30
+    assert {len(encode_prompt(encoding, row.turns[0])) for row in rows} == {prompts.PROMPT_TOKENS}
+    assert len({row.turns[0] for row in rows}) == len(rows)
