@@ -140,6 +140,10 @@ def isolated_costs(target, methods: dict, length: int, sampler=None, turns: int 
 # ------------------------------------------------------------------------ the size of a draft
 
 
+def in_words(gamma: int, nodes: int) -> str:
+    return f"a tree of {nodes} tokens, at most {gamma} deep" if nodes else f"a chain of {gamma}"
+
+
 class Size(NamedTuple):
     """A size of draft and the model's figures for it."""
 
@@ -154,8 +158,7 @@ class Size(NamedTuple):
         return self.tau / (self.c_verify + self.c_draft)
 
     def __str__(self) -> str:
-        tree = f"a tree of {self.nodes} tokens, at most {self.gamma} deep"
-        draft = tree if self.nodes else f"a chain of {self.gamma}"
+        draft = in_words(self.gamma, self.nodes)
         costs = f"{self.c_verify:.2f} + {self.c_draft:.2f}"
         return f"{draft} (expected: tau {self.tau:.2f}, costs {costs}, {self.speedup:.2f}x)"
 

@@ -40,15 +40,18 @@ N + 1 counts a draft's N tokens with its root, the last certain token. Read next
 import math
 import sys
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from costs import best_size, tree_warning
+from costs import best_size, in_words, tree_warning
 from drafts import Chain, Draft, Shape, deepest, plan_draft, root_only
 from model import GPT, GPTConfig
 from plumbing.cli import UserError, check_ranges, fail, number_or_auto, option, parse, run
+from plumbing.files import atomic_write, check_writable
 from plumbing.machine import Stopwatch, describe_device
+from plumbing.page import page, record
 from plumbing.show import Printer, compare, remark
 from sampling import Sampler, acceptance_probability, argmax, residual, sample
 from targets.bpe import encode_prompt
@@ -324,6 +327,12 @@ class SpeculateConfig(DecodeConfig):
         0, "tokens of a drafted tree; 0: a chain; auto: by measurement", type=number_or_auto
     )
     trace: bool = option(False, "show each cycle: its draft, the verdicts, the time")
+    html: str | None = option(None, "write a page of the cycles to this file")
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.chat and self.html is not None:
+            raise UserError("--html draws one text: leave out --chat")
 
 
 def converse(target, head, encoding, request: dict) -> None:
@@ -351,6 +360,8 @@ def converse(target, head, encoding, request: dict) -> None:
 
 def main() -> None:
     config = parse(SpeculateConfig, about=__doc__)
+    if config.html is not None:
+        check_writable(Path(config.html))
     folder = find_run(config.out_dir, config.chat)
     prompt = config.prompt
     if prompt == "-":
@@ -360,7 +371,8 @@ def main() -> None:
     target, head, encoding = load(folder, asked, config.device, config.dtype, config.compile)
     weight = target.embed.weight
     dtype = f"{str(weight.dtype).removeprefix('torch.')} ({target.why_dtype})"
-    print(f"run {name_of(folder)}, head {name}, {describe_device(weight.device)}, {dtype}")
+    about = f"run {name_of(folder)}, head {name}, {describe_device(weight.device)}, {dtype}"
+    print(about)
     if config.out_dir is None and came_along(folder):
         print("(another: --out_dir FOLDER; your own, about an hour on two cores: python train.py)")
     gamma, nodes = config.gamma, config.nodes
@@ -380,20 +392,36 @@ def main() -> None:
     request["prompt_tokens"] = tokens
     # A process's first passes are slow: they are not those that are timed.
     generate(target, head=head, **request | {"max_new_tokens": min(8, config.max_new_tokens)})
-    printer = Printer(encoding, stop, config.trace)
-    shown = generate(target, head=head, on_cycle=printer.show, **request)
+    printer, cycles, steps = Printer(encoding, stop, config.trace), [], []
+    look, look_again = printer.show, None
+    if config.html is not None:
+        look, look_again = record(cycles, printer.show), record(steps)
+    shown = generate(target, head=head, on_cycle=look, **request)
     printer.finish()
-    plain = generate(target, **request) if head is not None else shown
-    print(compare("autoregressive", plain, plain))
+    size = sum(weight.numel() for weight in target.parameters()) / 1e6
+    facts = [about, f"target of {size:.1f} M parameters, temperature {config.temperature:g}"]
     if head is None:
-        return
-    print(compare("speculative", shown, plain))
-    if config.temperature == 0:
-        print(same_or_not(target, tokens, shown.tokens, plain.tokens))
-    if is_loop(shown.tokens):
-        print("the text ends in a loop, which is easy to draft: its speed flatters")
-    elif reason := remark(shown, plain, gamma):
-        print(reason)
+        lanes = {"plain": (shown, cycles)}
+        print(compare("autoregressive", shown, shown))
+    else:
+        plain = generate(target, on_cycle=look_again, **request)
+        lanes = {"plain": (plain, steps), "speculative": (shown, cycles)}
+        facts[1] += f", drafting {in_words(gamma, nodes)}"
+        print(compare("autoregressive", plain, plain))
+        print(compare("speculative", shown, plain))
+        if config.temperature == 0:
+            facts.append(same_or_not(target, tokens, shown.tokens, plain.tokens))
+        if is_loop(shown.tokens):
+            facts.append("the text ends in a loop, which is easy to draft: its speed flatters")
+        elif reason := remark(shown, plain, gamma):
+            facts.append(reason)
+        for fact in facts[2:]:
+            print(fact)
+    if config.html is not None:
+        with atomic_write(Path(config.html)) as file:
+            asked = prompt if chat is None else f"{prompt}\n\n"
+            file.write(page(facts, asked, lanes, encoding, stop).encode())
+        print(f"written: {config.html}")
 
 
 if __name__ == "__main__":

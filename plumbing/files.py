@@ -38,6 +38,18 @@ def atomic_write(path: Path):
         scratch.unlink(missing_ok=True)
 
 
+def check_writable(path: Path) -> None:
+    """Raise UserError now where `atomic_write` would fail after all the work."""
+    try:
+        if path.exists() and not path.is_file():
+            raise UserError(f"cannot write {path}: it is no file")
+        scratch = path.with_name(path.name + ".part")
+        scratch.touch()
+        scratch.unlink()
+    except OSError as error:  # no such folder, a folder that may not be written to
+        raise UserError(f"cannot write {path}: {error}") from error
+
+
 def write_json(path: Path, value) -> None:
     with atomic_write(path) as file:
         file.write(json.dumps(value).encode() + b"\n")

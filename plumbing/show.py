@@ -1,6 +1,8 @@
 """How decoding is shown: text as it is written, the trace of a cycle, the closing comparison.
 
-Nothing here decides anything: speculate.py calls it after the fact.
+Nothing here decides anything: speculate.py calls it after the fact. What a cycle came to is worked
+out once, in `judge`, and likewise the figures of a run, in `figures`. The page of page.py shows
+the same.
 """
 
 import codecs
@@ -17,7 +19,7 @@ class Printer:
     def __init__(self, encoding, stop_token: int, trace: bool = False):
         self.encoding, self.stop_token, self.trace, self.cycles = encoding, stop_token, trace, 0
         self.colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
-        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self.speller = Speller(encoding)
 
     def show(self, cycle) -> None:
         if self.trace:
@@ -28,11 +30,27 @@ class Printer:
         self.cycles += 1
 
     def write(self, token: int, accepted: bool) -> None:
-        text = harmless(self.decoder.decode(self.encoding.decode_bytes([token])))
+        text = self.speller.spell(token)
         print(f"\033[32m{text}\033[0m" if accepted and self.colour else text, end="", flush=True)
 
     def finish(self) -> None:
-        print(harmless(self.decoder.decode(b"", final=True)))
+        print(self.speller.rest())
+
+
+class Speller:
+    """Tokens as text: characters only once they are whole, control characters as escapes."""
+
+    def __init__(self, encoding):
+        self.encoding = encoding
+        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def spell(self, token: int) -> str:
+        """The characters that this token completes."""
+        return harmless(self.decoder.decode(self.encoding.decode_bytes([token])))
+
+    def rest(self) -> str:
+        """What is left of a last character that was never completed."""
+        return harmless(self.decoder.decode(b"", final=True))
 
 
 def harmless(text: str) -> str:
@@ -41,30 +59,59 @@ def harmless(text: str) -> str:
     return "".join(shown)
 
 
-def trace_lines(number: int, cycle, encoding) -> list[str]:
-    """A cycle in words, at most 100 columns wide: each drafted node, the verdict, the time."""
-    draft, accepted = cycle.draft, set(cycle.path[1 : cycle.accepted + 1])
-    tokens, parents = draft.tokens.tolist(), draft.shape.parents.tolist()
-    own = cycle.tokens[-1]
+def judge(cycle, encoding) -> tuple[list[tuple[str, str]], str]:
+    """What a cycle came to: each drafted node's verdict, and where its last token is from.
+
+    A verdict is (kind, words): accepted, rejected or dropped, and the same with its reason.
+    """
+    tokens, parents = cycle.draft.tokens.tolist(), cycle.draft.shape.parents.tolist()
+    accepted, own = set(cycle.path[1 : cycle.accepted + 1]), cycle.tokens[-1]
     ended = cycle.accepted == len(cycle.tokens)  # by a stop token inside the draft
     end = cycle.path[cycle.accepted]  # the last node in use
-    ms = {phase: 1000 * seconds for phase, seconds in cycle.seconds.items()}
-    if number == 0:
-        return [f"prefill {ms['prefill']:.1f} ms: {quoted(own, encoding)} from the target's p"]
 
-    def verdict(node: int) -> str:
+    def verdict(node: int) -> tuple[str, str]:
         parent = parents[node]
         if node in accepted:
-            return "accept: u < p / q" if cycle.u else "accept: the target's own choice"
+            reason = "u < p / q" if cycle.u else "the target's own choice"
+            return "accepted", f"accept: {reason}"
         if parent == end and ended:
-            return "dropped: the text has ended"
+            return "dropped", "dropped: the text has ended"
         if parent != 0 and parent not in accepted:
-            return "dropped with what it follows"
+            return "dropped", "dropped with what it follows"
         if cycle.u:
-            return "REJECT: u >= p / q"
+            return "rejected", "REJECT: u >= p / q"
         chosen = [other for other in accepted if parents[other] == parent]
         choice = quoted(tokens[chosen[0]] if chosen else own, encoding, 12)
-        return f"REJECT: the target chose {choice}"
+        return "rejected", f"REJECT: the target chose {choice}"
+
+    if ended:
+        why = "ends the text"
+    elif end not in parents[1:]:
+        why = "from the target's p: nothing was drafted after" if end else "from the target's p"
+    else:
+        why = "from the residual, where p exceeds q" if cycle.u else "the target's own choice"
+    return [verdict(node) for node in range(1, len(tokens))], why
+
+
+def counts(cycle) -> str:
+    """How many tokens came to what."""
+    drafted = len(cycle.draft.tokens) - 1
+    return f"drafted {drafted}, accepted {cycle.accepted}, wrote {len(cycle.tokens)}"
+
+
+def times(cycle) -> str:
+    """How long each phase took."""
+    ms = {phase: 1000 * seconds for phase, seconds in cycle.seconds.items()}
+    return f"draft {ms['draft']:.1f} ms, verify {ms['verify']:.1f}, rest {ms['other']:.1f}"
+
+
+def trace_lines(number: int, cycle, encoding) -> list[str]:
+    """A cycle in words, at most 100 columns wide: each drafted node, the verdict, the time."""
+    tokens, parents = cycle.draft.tokens.tolist(), cycle.draft.shape.parents.tolist()
+    verdicts, why = judge(cycle, encoding)
+    own = f"{quoted(cycle.tokens[-1], encoding)} {why}"
+    if number == 0:
+        return [f"prefill {1000 * cycle.seconds['prefill']:.1f} ms: {own}"]
 
     def below(parent: int, depth: int) -> list[str]:
         lines = []
@@ -73,22 +120,12 @@ def trace_lines(number: int, cycle, encoding) -> list[str]:
                 name = "  " * min(depth, 8) + quoted(tokens[node], encoding)
                 figures = f"p {cycle.p[node - 1]:.3f}  q {cycle.q[node - 1]:.3f}"
                 figures += f"  u {cycle.u[node - 1]:.3f}" if cycle.u else ""
-                lines += [f"{name:40} {figures}  {verdict(node)}", *below(node, depth + 1)]
+                lines.append(f"{name:40} {figures}  {verdicts[node - 1][1]}")
+                lines += below(node, depth + 1)
         return lines
 
-    if ended:
-        why = "ends the text"
-    elif end not in parents[1:]:
-        why = "from the target's p: nothing was drafted after" if end else "from the target's p"
-    else:
-        why = "from the residual, where p exceeds q" if cycle.u else "the target's own choice"
-    return [
-        f"cycle {number}: drafted {len(tokens) - 1}, accepted {cycle.accepted}, wrote "
-        f"{len(cycle.tokens)}; draft {ms['draft']:.1f} ms, verify {ms['verify']:.1f}, "
-        f"rest {ms['other']:.1f}",
-        *below(0, 1),
-        f"  + {quoted(own, encoding)} {why}",
-    ]
+    first = f"cycle {number}: {counts(cycle)}; {times(cycle)}"
+    return [first, *below(0, 1), f"  + {own}"]
 
 
 def quoted(token: int, encoding, width: int = 24) -> str:
@@ -112,10 +149,19 @@ def remark(result, baseline, depth: int) -> str | None:
     return f"this draft did not pay: a cycle cost {parts} and wrote {wrote:.1f} tokens"
 
 
-def compare(name: str, result, baseline) -> str:
+def figures(result, baseline) -> dict[str, str]:
+    """Speeds in tokens a second; also the gain over the baseline, if that is another run."""
     whole = len(result.tokens) / (result.prefill_seconds + result.seconds)
-    line = f"{name:15} {result.tokens_per_second:8.1f} tokens/s decoding, {whole:8.1f} end to end"
-    if result is baseline:
-        return line
-    speedup = result.tokens_per_second / baseline.tokens_per_second
-    return f"{line}, tau {result.acceptance_length:.2f}, speedup {speedup:.2f}x"
+    found = {"decoding": f"{result.tokens_per_second:.1f}", "whole": f"{whole:.1f}"}
+    if result is not baseline:
+        speedup = result.tokens_per_second / baseline.tokens_per_second
+        found |= {"tau": f"{result.acceptance_length:.2f}", "speedup": f"{speedup:.2f}x"}
+    return found
+
+
+def compare(name: str, result, baseline) -> str:
+    """The figures of a run in one line."""
+    found = figures(result, baseline)
+    line = f"{name:15} {found['decoding']:>8} tokens/s decoding, {found['whole']:>8} end to end"
+    gained = result is not baseline
+    return f"{line}, tau {found['tau']}, speedup {found['speedup']}" if gained else line
