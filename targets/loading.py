@@ -31,7 +31,7 @@ FAVOURITE = "eagle-koala"
 def find_run(out_dir: str | None, chat: bool = False) -> Path:
     """The run's folder; None: the newest of your own that has a head, or one of trained/.
 
-    `chat`: whether the target has to be a chat model, where it is one of trained/.
+    `chat`: whether one of trained/ has to be a chat model.
     """
     if out_dir is not None:
         return Path(out_dir)
@@ -40,7 +40,10 @@ def find_run(out_dir: str | None, chat: bool = False) -> Path:
         heads = [target.with_name(f"{name}.pt") for name in trained_heads(target.parent)]
         if heads and target.parent.name != NOT_MEANT:
             newest[target.parent] = max(head.stat().st_mtime for head in heads)
-    return max(newest, key=newest.get) if newest else TRAINED / ("smollm2" if chat else "cpu")
+    if newest:
+        return max(newest, key=newest.get)
+    talks = TRAINED / "smollm2"
+    return talks if chat and talks.is_dir() else TRAINED / "cpu"
 
 
 def came_along(folder: Path) -> bool:

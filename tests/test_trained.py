@@ -59,7 +59,10 @@ def test_your_newest_run_with_a_head_is_taken_else_the_one_that_came_along(came_
     run("smoke", 0)
     run("unfinished", 1, head=False)
     assert find_run(None) == came_along
-    assert find_run(None, chat=True) == came_along.parent / "smollm2"
+    assert find_run(None, chat=True) == came_along  # which says that it cannot talk
+    talks = came_along.parent / "smollm2"
+    talks.mkdir()
+    assert find_run(None, chat=True) == talks and find_run(None) == came_along
     older, newest = run("older", 9), run("newest", 5)
     assert find_run(None) == newest
     os.utime(older / "eagle.pt", (1e9, 1e9))  # a head of today beside a target of last week
