@@ -314,7 +314,7 @@ class DecodeConfig:
 @dataclass(frozen=True)
 class SpeculateConfig(DecodeConfig):
     prompt: str = option(
-        "def read_file(path):",
+        "def get_data(self, data):",
         "text to continue, or a question to a chat model; - reads it from standard input",
         positional=True,
     )

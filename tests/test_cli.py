@@ -367,7 +367,7 @@ def test_dashes_do_for_underscores_and_a_plain_argument_is_the_prompt():
         ["--max-new-tokens", "7", "def foo():"],
     ):
         assert parse(speculate.SpeculateConfig, argv).prompt == "def foo():"
-    assert parse(speculate.SpeculateConfig, []).prompt == "def read_file(path):"
+    assert parse(speculate.SpeculateConfig, []).prompt == "def get_data(self, data):"
 
 
 def test_help_shows_the_values_in_force_once_and_all_choices(capsys):
