@@ -59,7 +59,7 @@ class BenchConfig(DecodeConfig):
         None, "instead: a UTF-8 file with a prompt a line, or *.jsonl as Spec-Bench has them"
     )
     split: str = option("test", "of the default prompts", choices=["valid", "test"])
-    runs: int = option(3, "repetitions of every timing", least=1)
+    runs: int = option(2, "repetitions of every timing", least=1)
     name: str = option("bench", "of the result files, written to OUT_DIR/bench/")
 
     def __post_init__(self):

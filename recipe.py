@@ -27,7 +27,7 @@ WRITTEN_WINDOW = 128  # tokens of a text that the target writes: a small one rep
 # hours for SmolLM2's EAGLE heads on two cores of an Intel Xeon with AMX (smollm2-greedy.json).
 PRESETS = {
     "cpu": {},
-    "lab": dict(head_data_tokens=800_000, head_tokens=1_600_000),
+    "lab": dict(head_data_tokens=500_000, head_tokens=1_400_000),
     "smoke": dict(target_vocab=512, target_context=128, target_layers=2, target_width=64)
     | dict(target_heads=2, target_mlp_width=128, target_tokens=250_000, batch_tokens=2048)
     | dict(head_data_tokens=65_000, written_tokens=24_000, head_tokens=130_000)
