@@ -34,7 +34,7 @@ from drafts import measure_acceptance, plan_draft
 from plumbing.cli import UserError, fail, number_or_auto, option, parse, run
 from plumbing.files import write_json
 from plumbing.machine import describe_device, origin, synchronized_time
-from recipe import HEADS
+from recipe import in_order
 from sampling import Sampler, argmax
 from speculate import DecodeConfig, generate
 from study.prompts import check_prompts, choose_prompts, held_out_text, load_prompts, request_of
@@ -43,7 +43,7 @@ from study.statistics import evaluate
 from targets.features import Features, evenly
 from targets.loading import find_run, load, name_of, results_folder
 from targets.outputs import NEAR_TIE, first_difference, is_loop
-from targets.runs import head_path, load_head
+from targets.runs import head_path, load_head, trained_heads
 
 WARM_UP = 2  # prompts decoded before anything is timed
 
@@ -167,7 +167,7 @@ def measure(config: BenchConfig, target, ready: dict, prompts: list) -> tuple[li
 def main() -> None:
     config = parse(BenchConfig, about=__doc__)
     folder = find_run(config.out_dir)
-    names = config.heads or [name for name in HEADS if (folder / f"{name}.pt").is_file()]
+    names = config.heads or in_order(trained_heads(folder))
     if not names:
         raise UserError(f"there is no trained head in {folder}: train one with python train.py")
     target, _, encoding = load(folder, None, config.device, config.dtype, config.compile)

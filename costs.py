@@ -187,13 +187,13 @@ def tree_warning(head, gamma: int, nodes: int, temperature: float) -> str | None
     A tree names the likeliest tokens, a chain draws its tokens as the target does. The head's
     figures are of temperature 1: below 1/2 they say nothing.
     """
-    if nodes == 0 or temperature < 0.5 or not hasattr(head, "training_record"):
+    if nodes <= 0 or temperature < 0.5 or not hasattr(head, "training_record"):
         return None
     tree, chain = (expected_tau(head, gamma, n, temperature) for n in (nodes, 0))
     if tree >= chain:
         return None
     chains = f"a chain of {gamma} reaches tau {chain:.2f}"
-    return f"at temperature 1 {chains}, a tree of {nodes} {tree:.2f} (held-out text): see --nodes"
+    return f"at temperature 1 {chains}, a tree of {nodes} {tree:.2f} (held-out text): --nodes 0"
 
 
 @torch.inference_mode()

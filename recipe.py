@@ -188,6 +188,11 @@ class TrainConfig:
         return layers, weight if self.adversarial_weight is None else self.adversarial_weight
 
 
+def in_order(names: list[str]) -> list[str]:
+    """The names of heads, the four of the recipe first and in its order."""
+    return sorted(names, key=lambda name: HEADS.index(name) if name in HEADS else len(HEADS))
+
+
 def usual_preset(argv: list[str]) -> str:
     """The preset of a command line that names none.
 
@@ -200,8 +205,16 @@ def usual_preset(argv: list[str]) -> str:
     usual, others = "gpu" if torch.cuda.is_available() else "cpu", ("--target_", "--data")
     one = "--head" in words and "none" not in argv and "--head=none" not in argv
     if one and not any(word.startswith(others) or word == "--out_dir" for word in words):
-        return usual if Path(f"out/{usual}/target.pt").is_file() else "lab"
+        head = next((word for word in argv if word in begun_in_lab()), None)
+        return "lab" if head or not Path(f"out/{usual}/target.pt").is_file() else usual
     return usual
+
+
+def begun_in_lab() -> list[str]:
+    """The heads in out/lab, finished or not: the same command goes on there."""
+    return [
+        path.name.split(".progress")[0].removesuffix(".pt") for path in Path("out/lab").glob("*.pt")
+    ]
 
 
 def recorded(config: TrainConfig, owner: str) -> dict:

@@ -331,8 +331,8 @@ class SpeculateConfig(DecodeConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.chat and self.html is not None:
-            raise UserError("--html draws one text: leave out --chat")
+        if self.chat and (self.html is not None or self.raw):
+            raise UserError("--chat goes with neither --html, which draws one text, nor --raw")
 
 
 def converse(target, head, encoding, request: dict) -> None:
@@ -340,6 +340,8 @@ def converse(target, head, encoding, request: dict) -> None:
     if target.chat is None:
         raise UserError("--chat needs a chat model: see targets/README.md for SmolLM2")
     said, room = [], target.config.context - request["max_new_tokens"]
+    if room < 1:
+        raise UserError(f"--max_new_tokens has to leave room in {target.config.context} tokens")
     print("Type a line; an empty one or the end of input ends it.\n")
     while question := sys.stdin.buffer.readline().decode("utf-8", "surrogateescape").strip():
         said.append(question)
@@ -413,7 +415,7 @@ def main() -> None:
             facts.append(same_or_not(target, tokens, shown.tokens, plain.tokens))
         if is_loop(shown.tokens):
             facts.append("the text ends in a loop, which is easy to draft: its speed flatters")
-        elif reason := remark(shown, plain, gamma):
+        if reason := remark(shown, plain, gamma):
             facts.append(reason)
         for fact in facts[2:]:
             print(fact)

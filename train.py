@@ -42,7 +42,7 @@ from plumbing.rows import in_pieces
 from recipe import PRESETS, TrainConfig, head_settings, target_settings, usual_preset
 from sampling import probabilities
 from targets.features import corpus, evenly
-from targets.loading import copy_target
+from targets.loading import came_along, copy_target
 from targets.pretrained import find_source, import_target, source_settings
 from targets.runs import get_target, load_target, save_head, settings_of, trained_heads
 from targets.small import train_target
@@ -425,6 +425,8 @@ def main() -> None:
     path = config.folder / "target.pt"
     # A pretrained target that writes its own text needs no other.
     text = read_text(config.data, packages_for(config.target_vocab)) if config.needs_text else None
+    if came_along(config.folder):
+        raise UserError(f"{config.folder} came with the code: train beside it by --preset lab")
     config.folder.mkdir(parents=True, exist_ok=True)
     beside = " (beside the target that came with the code)" if config.preset == "lab" else ""
     print(f"run: {config.folder}{beside}")
@@ -437,9 +439,8 @@ def main() -> None:
         known_by |= {"text": text.description["hash"]}
         amounts = config.target_tokens, config.batch_tokens, config.target_lr
         how = config.optimizer, config.seed, known_by, autocast
-        make = partial(train_target, path, text, config.gpt(), *amounts, *how)
-        if config.preset == "lab":
-            make = partial(copy_target, path)
+        anew = partial(train_target, path, text, config.gpt(), *amounts, *how)
+        make = partial(copy_target, path) if config.preset == "lab" else anew
     get_target(path, known_by, make, text)
     if config.heads:
         train_heads(config, text, device, autocast)

@@ -44,8 +44,9 @@ def check_writable(path: Path) -> None:
         if path.exists() and not path.is_file():
             raise UserError(f"cannot write {path}: it is no file")
         scratch = path.with_name(path.name + ".part")
-        scratch.touch()
-        scratch.unlink()
+        if not scratch.exists():
+            scratch.touch()
+            scratch.unlink()
     except OSError as error:  # no such folder, a folder that may not be written to
         raise UserError(f"cannot write {path}: {error}") from error
 

@@ -113,7 +113,7 @@ def commit() -> str | None:
 
 def origin() -> dict:
     """What made a result, for its record."""
-    module = sys.modules["__main__"].__spec__  # of python -m
+    module = getattr(sys.modules["__main__"], "__spec__", None)  # of python -m
     script = f"-m {module.name}" if module else Path(sys.argv[0]).name
     return {
         "command": " ".join(["python", script, *sys.argv[1:]]),

@@ -111,7 +111,7 @@ class Progress:
     def foretell(self) -> None:
         """Say once, early in a long training, how long it will take."""
         seconds = time.monotonic() - self.begun
-        if seconds > FORECAST_SECONDS and not self.foretold:
+        if seconds > FORECAST_SECONDS and not self.foretold and self.step > self.start_step + 1:
             self.foretold = True
             left = seconds / (self.step - self.start_step) * (self.steps - self.step) / 60
             if left > 0.5 and self.shown < 0:

@@ -68,7 +68,7 @@ GAMES = "eagle-koala", "eagle-unbalanced"  # a healthy game and an unhealthy one
 # Student's t: half the width of a mean's 95 % interval in standard errors, by number of values.
 STUDENT = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}
 # Settings of a head that a cell chooses for itself, or its name does.
-CHOSEN = {"layers", "adversarial_weight", "init", "head_data", "target"}
+CHOSEN = {"layers", "adversarial_weight", "init", "head_data", "target", "discriminator"}
 RATIOS = ("tau_estimate", "tau_sampled", "tau_tuned")  # figures that are compared between cells
 TEMPERATURES = (0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2, 1.4)  # temperatures of q that are tried
 
@@ -100,7 +100,10 @@ def recipe_of(config: AblationConfig, folder: Path, known: dict) -> TrainConfig:
     for name in sorted(names, key=lambda name: HEADS.index(name) if name in HEADS else -1):
         path = folder / f"{name}.pt"  # the last one counts: EAGLE's, with a discriminator
         try:
-            shared |= settings_of(path, load_checkpoint(path, "draft head"))
+            used = settings_of(path, load_checkpoint(path, "draft head"))
+            if used["head_data"] == "self":  # whose window may be the usual one, filled in
+                used.pop("head_window", None)
+            shared |= used
         except UserError:
             continue  # of the first edition, by minutes: these amounts are no recipe any more
     shared = {name: value for name, value in shared.items() if name not in CHOSEN} | known
@@ -220,7 +223,7 @@ def compared(results: dict) -> dict:
 
 def main() -> None:
     config = parse(AblationConfig, about=__doc__)
-    run_folder, device = find_run(config.out_dir), choose_device(config.device)
+    run_folder, device = find_run(config.out_dir, needs_head=False), choose_device(config.device)
     path = target_file(run_folder)
     target, checkpoint = load_target(path, device)
     fingerprint = checkpoint["fingerprint"]
@@ -231,7 +234,7 @@ def main() -> None:
     text = None
     if recipe.needs_text:
         text = read_text(recipe.data, packages_for(recipe.target_vocab))
-        text.expect(settings_of(path, checkpoint)["text"])
+        text.expect(settings_of(path, checkpoint).get("text", text.description["hash"]))
         text.use(checkpoint["tokenizer"])
     folder, data = recipe.folder / "ablation", {}
     folder.mkdir(parents=True, exist_ok=True)

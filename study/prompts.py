@@ -7,7 +7,7 @@ head is ever trained on them. Source: Spec-Bench, arXiv 2401.07851.
 
 `python -m study.prompts` writes the passages of a run to a file beside it, prompts.jsonl, those
 marked whose greedy text is a loop: most of them, beside a small target. A benchmark of that run
-takes its prompts from there. So it needs no text, and decodes hardly a loop to find the others.
+takes its prompts from there, and decodes hardly a loop to find the others.
 """
 
 import ast
@@ -73,7 +73,8 @@ def read_questions(path: Path) -> list[Question]:
     Raises UserError, naming the line, for an object without `turns`.
     """
     questions = []
-    for number, line in enumerate(path.read_text("utf-8").splitlines(), start=1):
+    # Not splitlines: it would cut at characters that JSON may hold as they are.
+    for number, line in enumerate(path.read_text("utf-8").split("\n"), start=1):
         if not line.strip():
             continue
         try:
@@ -305,10 +306,11 @@ def marked(target, head, text: Text, split: str, encoding) -> list[dict]:
 
 def main() -> None:
     config = parse(PromptsConfig, about=__doc__)
-    folder = find_run(config.out_dir)
+    folder = find_run(config.out_dir, needs_head=False)
     head = "auto" if trained_heads(folder) else None
     target, head, encoding = load(folder, head, config.device, config.dtype)
     path, rows = results_folder(folder) / MARKED, []
+    path.parent.mkdir(parents=True, exist_ok=True)
     for split in ("valid", "test"):
         text = held_out_text(target.about, split)
         if text is None:

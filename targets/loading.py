@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from costs import LENGTH, Bench
-from plumbing.files import load_checkpoint, save_checkpoint
+from plumbing.files import atomic_write, load_checkpoint, save_checkpoint
 from plumbing.machine import choose_device, compile_layers
 from targets.bpe import build_encoding
 from targets.chat import Chat
@@ -28,18 +28,19 @@ FAVOURITE = "eagle-koala"
 # -------------------------------------------------------------------------------- which run
 
 
-def find_run(out_dir: str | None, chat: bool = False) -> Path:
+def find_run(out_dir: str | None, chat: bool = False, needs_head: bool = True) -> Path:
     """The run's folder; None: the newest of your own that has a head, or one of trained/.
 
-    `chat`: whether one of trained/ has to be a chat model.
+    `chat`: whether one of trained/ has to be a chat model. `needs_head`: false where a target alone
+    is enough.
     """
     if out_dir is not None:
         return Path(out_dir)
     newest = {}
     for target in Path("out").glob("*/target.pt"):
         heads = [target.with_name(f"{name}.pt") for name in trained_heads(target.parent)]
-        if heads and target.parent.name != NOT_MEANT:
-            newest[target.parent] = max(head.stat().st_mtime for head in heads)
+        if (heads or not needs_head) and target.parent.name != NOT_MEANT:
+            newest[target.parent] = max(file.stat().st_mtime for file in [*heads, target])
     if newest:
         return max(newest, key=newest.get)
     talks = TRAINED / "smollm2"
@@ -78,6 +79,8 @@ def target_file(folder: Path) -> Path:
 def copy_target(path: Path) -> None:
     """Put the small target that came with the code at `path`, for heads of your own beside it."""
     print(f"target: that of trained/cpu, which came with the code, copied to {path}")
+    with atomic_write(path.with_name("prompts.jsonl")) as file:
+        file.write((TRAINED / "cpu" / "prompts.jsonl").read_bytes())
     save_checkpoint(path, load_checkpoint(TRAINED / "cpu" / "target.pt", "target"))
 
 

@@ -88,9 +88,11 @@ def get_target(path: Path, known_by: dict, make: Callable[[], None], text: Text 
     checkpoint = load_checkpoint(path, "target")
     known = settings_of(path, checkpoint)
     if text is not None and not text.given and "text" in known_by:
+        others = {name: value for name, value in known_by.items() if name != "text"}
+        check_same(path, known, others)
         text.expect(known.get("text"))
-        known_by = {name: value for name, value in known_by.items() if name != "text"}
-    check_same(path, known, known_by)
+    else:
+        check_same(path, known, known_by)
     if there:
         print("target: there already")
     if text is not None and text.tokenizer is None:  # no tokens were needed yet

@@ -207,7 +207,7 @@ class Text:
                 "the text has changed since the target was trained: its split is unknown"
             )
         ours = self.description["python"]
-        print(f"text: the target learnt from another Python's library than {ours}'s; same split")
+        print(f"text: the target learnt from other versions than those here ({ours}); same split")
 
     def use(self, tokenizer: dict) -> None:
         """Tokenize with `tokenizer`, as `bpe.learn_tokenizer` gave it or a checkpoint kept it."""

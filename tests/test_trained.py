@@ -32,6 +32,7 @@ SPEAK = ["cat", "--max_new_tokens", "12", "--device", "cpu", "--dtype", "float32
 def came_along(tiny_run, tmp_path, monkeypatch) -> Path:
     """A copy of the tiny run as trained/cpu, seen from an empty folder."""
     folder = shutil.copytree(tiny_run.folder, tmp_path / "code" / "trained" / "cpu")
+    (folder / "prompts.jsonl").write_text('{"category": "a", "turns": ["The cat"]}\n')
     monkeypatch.setattr("targets.loading.TRAINED", folder.parent)
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
@@ -57,8 +58,8 @@ def test_your_newest_run_with_a_head_is_taken_else_the_one_that_came_along(came_
 
     assert find_run(None) == came_along and find_run("some/where") == Path("some/where")
     run("smoke", 0)
-    run("unfinished", 1, head=False)
-    assert find_run(None) == came_along
+    alone = run("unfinished", 1, head=False)
+    assert find_run(None) == came_along and find_run(None, needs_head=False) == alone
     assert find_run(None, chat=True) == came_along  # which says that it cannot talk
     talks = came_along.parent / "smollm2"
     talks.mkdir()
@@ -88,6 +89,19 @@ def test_the_run_that_came_along_decodes_from_anywhere_and_stays_as_it_is(came_a
     assert Path("out/trained-cpu/bench/bench.json").is_file()
     assert hashes(came_along) == before
     assert results_folder(Path("out/mine")) == Path("out/mine")
+
+
+def test_nothing_is_trained_or_marked_beside_what_came_along(
+    came_along, tiny_run, call, monkeypatch
+):
+    before = hashes(came_along)
+    status, _, err = call(train.main, *tiny_run.flags, "--out_dir", came_along, "--head", "eagle-x")
+    assert status == 2 and "--preset lab" in err
+    monkeypatch.setattr("study.prompts.from_documents.__defaults__", (12,))
+    monkeypatch.setattr(prompts, "CANDIDATES", 3)
+    status, _, err = call(prompts.main, "--device", "cpu", "--dtype", "float32")
+    assert (status, err) == (0, "") and Path("out/trained-cpu/prompts.jsonl").is_file()
+    assert hashes(came_along) == before
 
 
 def test_the_head_taken_is_koalas_or_the_runs_first(came_along):
@@ -139,6 +153,10 @@ def test_the_lab_trains_one_layer_and_two_beside_the_target(
     records = [load("out/lab", name, dtype="float32")[1].training_record for name in LAB]
     assert [record["settings"]["layers"] for record in records] == [1, 2]
     assert {record["settings"]["adversarial_weight"] for record in records} == {0}
+    Path("some.txt").write_text("The cat\nA dog sees\n")  # and both heads are compared
+    argv = ["--prompts_file", "some.txt", "--max_new_tokens", 8, "--runs", 1]
+    assert "heads eagle, eagle-k2" in call(bench.main, *argv)[1]
+    assert hashes(Path("out/lab"))["prompts.jsonl"] == hashes(came_along)["prompts.jsonl"]
     argv = ["--preset", "lab", *flags, "--target_layers", "2"]
     status, _, err = call(train.main, *argv)
     assert status == 2 and "target_layers 1, now it is 2" in err
@@ -170,7 +188,7 @@ def test_another_pythons_library_is_told_and_given_text_refused(
     monkeypatch.setattr("targets.text.standard_library", lambda: library("old"))
     assert call(train.main, *flags, "--head", "eagle")[0] == 0
     monkeypatch.setattr("targets.text.standard_library", lambda: library("new"))
-    told = "text: the target learnt from another Python's library"
+    told = "text: the target learnt from other versions than those here"
     status, out, err = call(train.main, *flags, "--head", "eagle-more")
     assert (status, err) == (0, "") and out.count(told) == 1
     monkeypatch.setattr("study.prompts.from_documents.__defaults__", (16,))
@@ -290,6 +308,8 @@ def test_a_tree_that_the_temperature_ruins_is_warned_of(came_along, call, monkey
         assert ("a chain of 4 reaches tau 3.00" in out) == warned
     monkeypatch.setattr("costs.expected_tau", lambda head, gamma, nodes, _: 3.0 if nodes else 2.0)
     assert "reaches tau" not in call(speculate.main, *SPEAK, "--temperature", 1, "--nodes", 8)[1]
+    monkeypatch.setattr("costs.expected_tau", lambda head, gamma, nodes, _: 2.0 if nodes else 3.0)
+    assert "reaches tau" not in call(speculate.main, *SPEAK, "--temperature", 0.3, "--nodes", 8)[1]
 
 
 # ------------------------------------------------------------------------------ the shipped files
