@@ -62,6 +62,20 @@ def test_the_recipe_is_that_of_the_run(recipe, folder, tiny_run):
         4000,
     )
     assert (config.discriminator_steps, config.head_window, config.head_data) == (3, None, "auto")
+    # What another head was trained with on purpose, or by its kind, is no recipe for all.
+    for name, setting in (
+        ("eagle-koala", {"discriminator": "exact"}),
+        ("medusa", {"head_window": 16}),
+    ):
+        head = torch.load(folder / f"{name}.pt", weights_only=True)
+        head["training"]["settings"] |= setting
+        torch.save(head, folder / f"{name}.pt")
+    for name in ("eagle", "eagle-koala"):
+        (folder / f"{name}.pt").rename(folder / f"{name}.kept")
+    assert recipe_of(AblationConfig(), folder, known).head_window is None
+    for name in ("eagle", "eagle-koala"):
+        (folder / f"{name}.kept").rename(folder / f"{name}.pt")
+    assert recipe_of(AblationConfig(), folder, known) == config
     (folder / "eagle-koala.pt").unlink()  # Medusa's has all there is to know about D
     assert recipe_of(AblationConfig(), folder, known) == config
 

@@ -233,12 +233,15 @@ def test_a_prompt_argument_that_is_no_utf8_is_read_as_its_bytes(speak):
 
 
 def test_the_newest_run_under_out_is_the_default(tiny_run, call, tmp_path, monkeypatch):
-    for age, name in enumerate(["newer", "older"]):
-        folder = Path(shutil.copytree(tiny_run.folder, tmp_path / "out" / name))
-        os.utime(folder / "target.pt", (1e9 - age, 1e9 - age))
     monkeypatch.chdir(tmp_path)
-    status, out, _ = call(speculate.main, *SPEAK)
-    assert status == 0 and out.startswith(f"run {Path('out') / 'newer'}")
+    for name in ("one", "other"):
+        shutil.copytree(tiny_run.folder, tmp_path / "out" / name)
+    for newer, older in (("one", "other"), ("other", "one")):  # whatever the order of folders is
+        for age, name in enumerate([newer, older]):
+            for path in (tmp_path / "out" / name).glob("*.pt"):
+                os.utime(path, (1e9 - age, 1e9 - age))
+        status, out, _ = call(speculate.main, *SPEAK)
+        assert status == 0 and out.startswith(f"run {Path('out') / newer}")
 
 
 def test_three_lines_of_python_generate_text(tiny_run):

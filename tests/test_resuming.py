@@ -31,6 +31,7 @@ from targets.bpe import encode_prompt
 from targets.features import VALID_WINDOWS, Features, evenly
 from targets.loading import load
 from targets.runs import fingerprint, load_head, load_target, trained_heads
+from targets.small import bits_per_byte
 from targets.text import Text
 from targets.written import Conversations, Written, not_repeated
 from train import HeadTraining
@@ -174,6 +175,11 @@ def test_weights_are_kept_in_bfloat16_and_lose_nothing(tiny_run):
         kinds = {w.dtype for w in weights.values() if w.is_floating_point()}
         assert kinds == {torch.bfloat16}, name
     target, checkpoint = load_target(tiny_run.folder / "target.pt")
+    text = Text([str(tiny_run.data)], (), ("valid",))
+    text.use(checkpoint["tokenizer"])
+    held_out = text.windows("valid", target.config.context + 1).long()
+    bits = bits_per_byte(target, held_out, text.byte_counts, nullcontext)
+    assert bits == pytest.approx(checkpoint["training"]["valid_bits_per_byte"], rel=1e-6)
     assert fingerprint(target.bfloat16()) == checkpoint["fingerprint"]
     odd = torch.nn.Linear(3, 2)
     odd.weight.data[0, 0], odd.bias.data[:] = 1 / 3, 1.0
