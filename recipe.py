@@ -205,8 +205,8 @@ def usual_preset(argv: list[str]) -> str:
     usual, others = "gpu" if torch.cuda.is_available() else "cpu", ("--target_", "--data")
     one = "--head" in words and "none" not in argv and "--head=none" not in argv
     if one and not any(word.startswith(others) or word == "--out_dir" for word in words):
-        head = next((word for word in argv if word in begun_in_lab()), None)
-        return "lab" if head or not Path(f"out/{usual}/target.pt").is_file() else usual
+        there = any(word.removeprefix("--head=") in begun_in_lab() for word in argv)
+        return usual if Path(f"out/{usual}/target.pt").is_file() and not there else "lab"
     return usual
 
 

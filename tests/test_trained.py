@@ -135,6 +135,9 @@ def test_a_single_head_goes_beside_the_target_that_came_along(argv, preset, tmp_
     Path("out/cpu").mkdir(parents=True)
     Path("out/cpu/target.pt").touch()  # there is a target of your own
     assert usual_preset(argv.split()) == ("cpu" if preset == "lab" else preset)
+    Path("out/lab").mkdir()
+    Path("out/lab/eagle-mine.progress.pt").touch()  # begun there: the same command goes on
+    assert usual_preset(argv.split()) == preset
 
 
 def test_the_lab_trains_one_layer_and_two_beside_the_target(
