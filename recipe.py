@@ -203,18 +203,13 @@ def usual_preset(argv: list[str]) -> str:
     if "--target" in words:
         return "pretrained"
     usual, others = "gpu" if torch.cuda.is_available() else "cpu", ("--target_", "--data")
-    one = "--head" in words and "none" not in argv and "--head=none" not in argv
-    if one and not any(word.startswith(others) or word == "--out_dir" for word in words):
-        there = any(word.removeprefix("--head=") in begun_in_lab() for word in argv)
-        return usual if Path(f"out/{usual}/target.pt").is_file() and not there else "lab"
-    return usual
-
-
-def begun_in_lab() -> list[str]:
-    """The heads in out/lab, finished or not: the same command goes on there."""
-    return [
-        path.name.split(".progress")[0].removesuffix(".pt") for path in Path("out/lab").glob("*.pt")
-    ]
+    head = re.search(r"--head[= ](\S+)", " ".join(argv))
+    elsewhere = any(word.startswith(others) or word == "--out_dir" for word in words)
+    if head is None or head[1] == "none" or elsewhere:
+        return usual
+    # Begun there, finished or not: the same command goes on there.
+    begun = any(Path(f"out/lab/{head[1]}{end}").is_file() for end in (".pt", ".progress.pt"))
+    return usual if Path(f"out/{usual}/target.pt").is_file() and not begun else "lab"
 
 
 def recorded(config: TrainConfig, owner: str) -> dict:

@@ -55,7 +55,7 @@ from plumbing.page import page, record
 from plumbing.show import Printer, compare, remark
 from sampling import Sampler, acceptance_probability, argmax, residual, sample
 from targets.bpe import encode_prompt
-from targets.loading import came_along, favourite, find_run, load, name_of
+from targets.loading import WHICH_RUN, came_along, favourite, find_run, load, name_of
 from targets.outputs import is_loop, same_or_not
 
 # -------------------------------------------------------------------------------- the rules
@@ -286,9 +286,7 @@ def chances(head, draft: Draft, logits: Tensor, p, u, sampler: Sampler) -> tuple
 class DecodeConfig:
     """The settings that speculate.py and bench.py share."""
 
-    out_dir: str | None = option(
-        None, "the run's folder; default: your newest under out/, or trained/cpu"
-    )
+    out_dir: str | None = option(None, WHICH_RUN)
     max_new_tokens: int = option(128, "tokens to write for each prompt", least=1)
     gamma: int | str = option(
         4, "tokens of a chain, or depth of a tree; auto: by measurement", type=number_or_auto

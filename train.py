@@ -419,14 +419,14 @@ def train_heads(config: TrainConfig, text: Text | None, device, autocast: Autoca
 
 def main() -> None:
     config = parse(TrainConfig, presets=PRESETS, about=__doc__, usual=usual_preset)
+    if came_along(config.folder):
+        raise UserError(f"{config.folder} came with the code: train beside it by --preset lab")
     device = choose_device(config.device)
     autocast = choose_autocast(config.dtype, device)
     keep_heap()
     path = config.folder / "target.pt"
     # A pretrained target that writes its own text needs no other.
     text = read_text(config.data, packages_for(config.target_vocab)) if config.needs_text else None
-    if came_along(config.folder):
-        raise UserError(f"{config.folder} came with the code: train beside it by --preset lab")
     config.folder.mkdir(parents=True, exist_ok=True)
     beside = " (beside the target that came with the code)" if config.preset == "lab" else ""
     print(f"run: {config.folder}{beside}")

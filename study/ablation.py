@@ -27,10 +27,10 @@ from plumbing.curves import read_log
 from plumbing.files import load_checkpoint, write_json
 from plumbing.machine import choose_autocast, choose_device, keep_heap
 from plumbing.progress import check_same
-from recipe import HEADS, KOALA_WEIGHT, PRESETS, TrainConfig, head_settings
+from recipe import HEADS, KOALA_WEIGHT, PRESETS, TrainConfig, head_settings, in_order
 from sampling import acceptance
 from study.report import JUDGED, ablation_table, plot_games
-from targets.loading import find_run, name_of, results_folder, target_file
+from targets.loading import WHICH_RUN, find_run, name_of, results_folder, target_file
 from targets.runs import load_target, settings_of, trained_heads
 from targets.text import packages_for, read_text
 from train import head_data, train_head
@@ -75,9 +75,7 @@ TEMPERATURES = (0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2, 1.4)  # temperatures of q tha
 
 @dataclass(frozen=True)
 class AblationConfig:
-    out_dir: str | None = option(
-        None, "the run's folder; default: your newest under out/, or trained/cpu"
-    )
+    out_dir: str | None = option(None, WHICH_RUN)
     cells: list[str] | None = option(None, f"of {', '.join(CELLS)}; default: all", nargs="+")
     seeds: list[int] | None = option(
         None, "to train and to show, no others; default: train the run's, show all", nargs="+"
@@ -96,8 +94,7 @@ class AblationConfig:
 def recipe_of(config: AblationConfig, folder: Path, known: dict) -> TrainConfig:
     """The recipe of a run: the settings of its target, `known`, and those that its heads share."""
     preset, shared = "pretrained" if "source" in known else "cpu", {}
-    names = trained_heads(folder)
-    for name in sorted(names, key=lambda name: HEADS.index(name) if name in HEADS else -1):
+    for name in sorted(in_order(trained_heads(folder)), key=HEADS.__contains__):
         path = folder / f"{name}.pt"  # the last one counts: EAGLE's, with a discriminator
         try:
             used = settings_of(path, load_checkpoint(path, "draft head"))

@@ -26,7 +26,7 @@ from plumbing.cli import UserError, option, parse, run
 from plumbing.files import atomic_write
 from speculate import check_prompt, generate
 from targets.bpe import encode, encode_prompt
-from targets.loading import find_run, load, results_folder
+from targets.loading import WHICH_RUN, find_run, load, results_folder
 from targets.outputs import is_loop
 from targets.runs import settings_of, trained_heads
 from targets.text import Document, Text, packages_for
@@ -282,9 +282,7 @@ def request_of(config, target) -> dict:
 
 @dataclass(frozen=True)
 class PromptsConfig:
-    out_dir: str | None = option(
-        None, "the run's folder; default: your newest under out/, or trained/cpu"
-    )
+    out_dir: str | None = option(None, WHICH_RUN)
     device: str = option("auto", "auto, cpu or cuda")
     dtype: str = option("auto", "to decode in", choices=["auto", "float32", "bfloat16"])
 

@@ -24,6 +24,7 @@ from targets.runs import head_path, load_head, load_target, trained_heads
 TRAINED = Path(__file__).parent.parent / "trained"
 NOT_MEANT = "smoke"  # a run of nonsense: it has to be asked for
 FAVOURITE = "eagle-koala"
+WHICH_RUN = "the run's folder; default: your newest under out/, or trained/cpu"  # of --out_dir
 
 # -------------------------------------------------------------------------------- which run
 
