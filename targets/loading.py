@@ -32,8 +32,8 @@ WHICH_RUN = "the run's folder; default: your newest under out/, or trained/cpu" 
 def find_run(out_dir: str | None, chat: bool = False, needs_head: bool = True) -> Path:
     """The run's folder; None: the newest of your own that has a head, or one of trained/.
 
-    `chat`: whether one of trained/ has to be a chat model. `needs_head`: false where a target alone
-    is enough.
+    `chat`: whether its target has to be a chat model, where there is one. `needs_head`: false where
+    a target alone is enough.
     """
     if out_dir is not None:
         return Path(out_dir)
@@ -42,8 +42,9 @@ def find_run(out_dir: str | None, chat: bool = False, needs_head: bool = True) -
         heads = [target.with_name(f"{name}.pt") for name in trained_heads(target.parent)]
         if (heads or not needs_head) and target.parent.name != NOT_MEANT:
             newest[target.parent] = max(file.stat().st_mtime for file in [*heads, target])
-    if newest:
-        return max(newest, key=newest.get)
+    for folder in sorted(newest, key=newest.get, reverse=True):
+        if not chat or "chat" in load_checkpoint(folder / "target.pt", "target")["tokenizer"]:
+            return folder
     talks = TRAINED / "smollm2"
     return talks if chat and talks.is_dir() else TRAINED / "cpu"
 

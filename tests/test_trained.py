@@ -16,7 +16,7 @@ import bench
 import speculate
 import train
 from plumbing.cli import UserError
-from plumbing.files import load_checkpoint
+from plumbing.files import load_checkpoint, save_checkpoint
 from recipe import HEADS, LAB, PRESETS, TrainConfig, usual_preset
 from speculate import generate
 from study import prompts
@@ -68,6 +68,18 @@ def test_your_newest_run_with_a_head_is_taken_else_the_one_that_came_along(came_
     assert find_run(None) == newest
     os.utime(older / "eagle.pt", (1e9, 1e9))  # a head of today beside a target of last week
     assert find_run(None) == older
+
+
+def test_of_your_own_runs_the_newest_chat_model_talks(came_along):
+    """A newer one of a target without conversations is passed over."""
+    target = load_checkpoint(came_along / "target.pt", "target")
+    for age, name in enumerate(("small", "talks", "talked")):
+        folder = Path("out") / name
+        tokenizer = target["tokenizer"] | ({} if name == "small" else {"chat": {}})
+        save_checkpoint(folder / "target.pt", target | {"tokenizer": tokenizer})
+        (folder / "eagle.pt").touch()
+        os.utime(folder / "eagle.pt", (2e9 - age, 2e9 - age))
+    assert find_run(None) == Path("out/small") and find_run(None, chat=True) == Path("out/talks")
 
 
 def test_the_run_that_came_along_decodes_from_anywhere_and_stays_as_it_is(came_along, call):
