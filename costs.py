@@ -17,6 +17,7 @@ Read next: bench.py.
 """
 
 import copy
+import math
 import statistics
 import time
 from functools import partial
@@ -24,26 +25,95 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from drafts import (
     WIDTH,
+    Branch,
+    Known,
     best_tree,
-    chain_paths,
-    expected_length,
     fixed_tree,
+    in_words,
     plan_draft,
     rank_rates,
 )
+from plumbing.cli import UserError
 from plumbing.machine import synchronized_time
-from sampling import Sampler, argmax
+from sampling import Sampler, acceptance, argmax
 
+DRAFT_POSITIONS = 4  # how far into a draft the held-out acceptance is measured
+RANKS = 16  # how many of a head's guesses at each position are counted
 SECONDS = 1.5  # that `best_size` may measure for
 LENGTH = 256  # of the text that they come after; half the window where that is less
 ROUNDS = 5  # that it measures at least, however long they take
+BACKLOG, LONG_BACKLOG = 3, 35  # tokens that a head reads before the drafts that are timed
 COUNTS = (1, 2, 4, 8, 16, 32)  # tokens of the passes it measures; the rest is interpolated
 DEPTHS = (1, 2, 4, 8)  # of the drafts it measures, likewise
-CHAINS = range(1, 9)  # depths it considers
+CHAINS = range(1, 9)  # depths it considers, of a head that was not measured
 TREES = (4, 6, 8, 10, 12, 16, 20, 24, 31)  # nodes; with the root at most 32 tokens a pass
+
+
+# ---------------------------------------------------------------------- drafting along a text
+
+
+def walk(head, tokens: Tensor, hidden: Tensor, positions: int, stride: int):
+    """Draft along texts, tokens (B, T + 1) and the target's states hidden (B, T, D) on them.
+
+    A draft begins every `stride` places, and its path is the text itself. Yields (start, i,
+    logits): the head's logits (B, S) at draft position i = 0, 1, .. of the draft after `start`
+    states. The target's own are those of hidden[:, start + i]. It calls the decoder's own `absorb`
+    and `expand`.
+    """
+    length = hidden.shape[1]
+    state, read = head.start(length + positions, batch=len(tokens)), 0
+    for start in range(min(stride, length - positions), length - positions + 1, stride):
+        head.absorb(state, tokens[:, read + 1 : start + 1], hidden[:, read:start])
+        read = start
+        for i in range(positions):
+            here = start + i
+            logits = head.expand(state, tokens[:, here, None]) if i else head.expand(state)
+            yield start, i, logits[:, 0]
+
+
+@torch.no_grad()
+def measure_acceptance(target, head, batch, stride: int = 16, by_rank=False) -> dict:
+    """How well a head drafts along given text, at each draft position i = 1, 2, ..
+
+    agree_i: share of drafts where head and target have the same first choice, whatever was right
+    before; alpha_i: mean of sum_x min(p, q). tau_estimate = 1 + sum_i prod_{j <= i} agree_j, the
+    greedy acceptance length if positions were independent. `by_rank` adds two lists (P, RANKS), by
+    which trees are chosen: `ranks`, how often the head's r-th guess is the target's first choice,
+    and `mass`, the mean p of that guess; and the number of `drafts`. Only drafts whose tokens are
+    all to be learnt count. Raises UserError where there is none.
+    """
+    tokens, hidden, learn = batch
+    positions = min(DRAFT_POSITIONS, head.max_draft or DRAFT_POSITIONS)
+    drafts, alpha = 0, torch.zeros(positions, dtype=torch.float64)
+    ranks = torch.zeros(positions, min(RANKS, target.config.vocab_size), dtype=torch.float64)
+    mass = torch.zeros_like(ranks)
+    for start, i, logits in walk(head, tokens, hidden, positions, stride):
+        use = learn[:, start + 1 : start + positions + 1].all(1)  # (B,)
+        drafts += use.sum().item() if i == 0 else 0
+        p = target.lm_head(hidden[use, start + i]).float().softmax(-1)  # (B', V)
+        q = logits[use].float().softmax(-1)  # (B', S)
+        guesses = head.vocabulary.tokens_at(q.topk(ranks.shape[1]).indices)  # (B', RANKS)
+        ranks[i] += (guesses == argmax(p)[:, None]).sum(0).cpu()
+        mass[i] += p.gather(-1, guesses).sum(0).cpu()
+        alpha[i] += acceptance(head.vocabulary.rows(p.T).T, q).sum().item()
+    if drafts == 0:
+        raise UserError("the held-out text has nothing to learn in it: write or give more")
+    ranks, mass, alpha = ranks / drafts, mass / drafts, alpha / drafts
+    agree = ranks[:, 0]
+    result = {f"agree_{i + 1}": value.item() for i, value in enumerate(agree)}
+    result |= {f"alpha_{i + 1}": value.item() for i, value in enumerate(alpha)}
+    # Of a head that diverged the first choice is some token all the same: alpha alone tells.
+    diverged = alpha.isnan().any()
+    result["tau_estimate"] = math.nan if diverged else 1 + agree.cumprod(0).sum().item()
+    rates = {"ranks": ranks.tolist(), "mass": mass.tolist(), "drafts": drafts}
+    return result | (rates if by_rank else {})
+
+
+# ------------------------------------------------------------------------- the cost of a pass
 
 
 class Bench:
@@ -75,33 +145,46 @@ class Bench:
         where = self.length + shape.depth, shape.ancestors
         return self.timed(self.target_pass, tokens, *where)
 
-    def drafting(self, head, plan):
-        """A function that drafts as after a cycle that accepted a middling number of tokens."""
-        read = min(3, self.length - 1)
-        state = head.start(self.target.config.context + plan.slots)
-        before = self.length - read
-        head.absorb(state, self.tokens[:, 1 : before + 1], self.hidden[:, :before])
-        root = self.tokens[0, self.length, None]
-        new = self.tokens[:, before + 1 : self.length + 1], self.hidden[:, before:]
+    def drafting(self, head, plan, backlog: int = BACKLOG):
+        """A function that drafts where the head has yet to read the last `backlog` tokens."""
+        before = self.length - min(backlog, self.length - 1)
+        text = self.tokens[0].tolist()
+        known = Known(text[:1], head, self.target.config.context + plan.slots)
+        for a, b in ((1, before + 1), (before + 1, self.length + 1)):
+            if head is not None:
+                known.read()  # all but the backlog
+            known.add(text[a:b], self.tokens[0, a:b], self.hidden[:, a - 1 : b - 1])
+
+        known.stood_before(1)  # enters the text, as the cycles before would have
 
         def draft():
-            again = copy.copy(state)  # the same state each time: absorbing rolls its cache back
-            head.absorb(again, *new)
-            return plan.draft(head, again, root, plan.depth, self.sampler)
+            again = copy.copy(known)  # the same each time: absorbing rolls the head's cache back
+            again.state, again.unread = copy.copy(known.state), known.unread[:]
+            return plan.draft(again, plan.depth, self.sampler)
 
         return draft
 
     def cycle(self, head, plan):
-        """A function that drafts, verifies, and returns the seconds of either."""
-        draft = self.drafting(head, plan)
+        """A function that drafts, verifies, and returns the seconds of either.
+
+        Also "absorb", those of each further token that the head has to read: it drafts twice, after
+        a short backlog and a long one. Of a plan that copies first, the head's part is timed.
+        """
+        plan = getattr(plan, "plan", plan)
+        backlogs = [min(b, self.length - 1) for b in (LONG_BACKLOG, BACKLOG)]
+        jobs = {backlog: self.drafting(head, plan, backlog) for backlog in backlogs}
 
         def job() -> dict[str, float]:
-            begin = synchronized_time(self.device)
-            drafted = draft()
-            seconds = synchronized_time(self.device) - begin
-            where = drafted.positions_and_mask(self.length)
-            verify = self.timed(self.target_pass, drafted.tokens[None], *where)
-            return {"draft": seconds, "verify": verify}
+            seconds = {}
+            for backlog, draft in jobs.items():
+                begin = synchronized_time(self.device)
+                drafted = draft()
+                seconds[backlog] = synchronized_time(self.device) - begin
+                where = drafted.positions_and_mask(self.length)
+                verify = self.timed(self.target_pass, drafted.tokens[None], *where)
+            short, long = min(jobs), max(jobs)
+            missed = (seconds[long] - seconds[short]) / max(1, long - short)
+            return {"draft": seconds[short], "verify": verify, "absorb": missed}
 
         return job
 
@@ -115,13 +198,16 @@ class Bench:
 def isolated_costs(target, methods: dict, length: int, sampler=None, turns: int = 15) -> dict:
     """Median seconds of a plain step, and of each method's drafting and verification.
 
-    methods: name -> (head, plan). -> {"step": s, name: {"draft": s, "verify": s}}. The jobs take
-    turns, so that a slow minute hits all of them; a turn is seven repetitions, the first two not
-    counted, since a decoder finds the caches as it left them itself.
+    methods: name -> (head, plan). -> {"step": s, "passes": [[tokens, s], ..], name: {"draft": s,
+    "verify": s, "absorb": s}, "backlog": tokens that the head reads in its draft}. The passes are
+    those over copies, or over drafts that the end of a text cut short; "absorb" is for each token
+    beyond the backlog. The jobs take turns, so that a slow minute hits all of them; a turn is seven
+    repetitions, the first two not counted, since a decoder finds the caches as it left them itself.
     """
     most = max((plan.nodes for _, plan in methods.values()), default=0) + 1
     bench = Bench(target, length, most, sampler)
-    jobs = {"step": lambda: {"step": bench.read(1)}}
+    counts = sorted({n for n in COUNTS if n < most} | {most})
+    jobs = {n: lambda n=n: {"pass": bench.read(n)} for n in counts}
     jobs |= {name: bench.cycle(head, plan) for name, (head, plan) in methods.items()}
     samples = {name: {} for name in jobs}
     for _ in range(turns):
@@ -134,14 +220,11 @@ def isolated_costs(target, methods: dict, length: int, sampler=None, turns: int 
         name: {phase: statistics.median(values) for phase, values in phases.items()}
         for name, phases in samples.items()
     }
-    return medians | {"step": medians["step"]["step"]}
+    passes = [[n, medians.pop(n)["pass"]] for n in counts]
+    return {"step": passes[0][1], "passes": passes, "backlog": BACKLOG} | medians
 
 
 # ------------------------------------------------------------------------ the size of a draft
-
-
-def in_words(gamma: int, nodes: int) -> str:
-    return f"a tree of {nodes} tokens, at most {gamma} deep" if nodes else f"a chain of {gamma}"
 
 
 class Size(NamedTuple):
@@ -163,6 +246,22 @@ class Size(NamedTuple):
         return f"{draft} (expected: tau {self.tau:.2f}, costs {costs}, {self.speedup:.2f}x)"
 
 
+def chain_paths(length: int) -> tuple[Branch, ...]:
+    return tuple((0,) * i for i in range(1, length + 1))
+
+
+def expected_length(rates: list[list[float]], paths: tuple[Branch, ...]) -> float:
+    """The acceptance length tau that a tree should have: 1 + the chance of each of its nodes."""
+    total = 1.0
+    for path in paths:
+        chance = 1.0
+        for i, rank in enumerate(path):
+            row = rates[min(i, len(rates) - 1)]
+            chance *= row[rank] if rank < len(row) else 0.0
+        total += chance
+    return total
+
+
 def expected_tau(head, gamma: int, nodes: int, temperature: float) -> float:
     """tau by the head's record on held-out text, all positions independent.
 
@@ -181,6 +280,22 @@ def expected_tau(head, gamma: int, nodes: int, temperature: float) -> float:
     return expected_length(rates, best_tree(ranks, nodes, gamma))
 
 
+def taus_of(head, temperature: float) -> dict[tuple[int, int], float]:
+    """tau of each size (gamma, nodes) that comes into question.
+
+    Along texts of the target, where `study.sizes` has measured it: greedy ones, or ones at
+    temperature 1, whichever is nearer. Else by `expected_tau`.
+    """
+    if measured := getattr(head, "sizes", None):
+        rows = measured["sampled" if temperature >= 0.5 else "greedy"]
+        return {(gamma, nodes): tau for gamma, nodes, tau in rows}
+    gammas = [g for g in CHAINS if g <= (head.max_draft or g)]
+    # A tree has to be able to reach its depth, and to hold its nodes within it.
+    trees = [(g, n) for g in gammas for n in TREES if g <= n <= WIDTH * (1 + WIDTH * (g - 1))]
+    sizes = [(g, 0) for g in gammas] + trees
+    return {size: expected_tau(head, *size, temperature) for size in sizes}
+
+
 def tree_warning(head, gamma: int, nodes: int, temperature: float) -> str | None:
     """A line on a tree from which less is expected than from a chain; None: there is no reason.
 
@@ -189,16 +304,19 @@ def tree_warning(head, gamma: int, nodes: int, temperature: float) -> str | None
     """
     if nodes <= 0 or temperature < 0.5 or not hasattr(head, "training_record"):
         return None
-    tree, chain = (expected_tau(head, gamma, n, temperature) for n in (nodes, 0))
+    known = taus_of(head, temperature)
+    if not {(gamma, nodes), (gamma, 0)} <= known.keys():
+        known = {(gamma, n): expected_tau(head, gamma, n, temperature) for n in (nodes, 0)}
+    tree, chain = known[gamma, nodes], known[gamma, 0]
     if tree >= chain:
         return None
     chains = f"a chain of {gamma} reaches tau {chain:.2f}"
-    return f"at temperature 1 {chains}, a tree of {nodes} {tree:.2f} (held-out text): --nodes 0"
+    return f"at temperature 1 {chains}, a tree of {nodes} {tree:.2f}, on other text: --nodes 0"
 
 
 @torch.inference_mode()
 def size_costs(target, head, sizes: list, temperature: float = 0.0) -> tuple[dict, dict]:
-    """Seconds of passes {tokens: s} and of making drafts {(gamma, is it a tree): s}.
+    """Costs of passes {tokens: cost} and of drafts {(gamma, is it a tree): cost}, in plain steps.
 
     sizes: pairs (gamma, nodes). The passes and the drafts take turns for about SECONDS, ROUNDS at
     least: a large target takes longer. The first round does not count. Before each, untimed, comes
@@ -230,21 +348,27 @@ def size_costs(target, head, sizes: list, temperature: float = 0.0) -> tuple[dic
             before[name]()
             samples[name].append(job(argument))
         rounds += 1
-    seconds = {name: statistics.median(values[1:]) for name, values in samples.items()}
+    # In units of its round's plain step: a slow round is slow for all.
+    steps = samples[1][1:]
+    seconds = {
+        name: statistics.median(value / step for value, step in zip(values[1:], steps))
+        for name, values in samples.items()
+    }
     of_depths = {tree: [seconds[d, tree] for d in depths] for tree, depths in measured.items()}
     drafting = {key: np.interp(key[0], measured[key[1]], of_depths[key[1]]).item() for key in plans}
     return {n: seconds[n] for n in counts}, drafting
 
 
-def fastest(head, sizes: list, passes: dict, drafts: dict, temperature: float = 0.0) -> Size:
-    """Of the sizes (gamma, nodes) the one with the highest predicted speedup."""
+def fastest(taus: dict, passes: dict, drafts: dict) -> Size:
+    """Of the sizes {(gamma, nodes): tau} the one with the highest predicted speedup."""
+    # More tokens never take less time: where they seem to, that is noise.
+    verify = np.maximum.accumulate(list(passes.values()))
 
-    def size(gamma: int, nodes: int) -> Size:
-        verify = np.interp((nodes or gamma) + 1, list(passes), list(passes.values())).item()
-        tau = expected_tau(head, gamma, nodes, temperature)
-        return Size(gamma, nodes, tau, verify / passes[1], drafts[gamma, nodes > 0] / passes[1])
+    def size(gamma: int, nodes: int, tau: float) -> Size:
+        cost = np.interp((nodes or gamma) + 1, list(passes), verify).item()
+        return Size(gamma, nodes, tau, cost, drafts[gamma, nodes > 0])
 
-    return max((size(*pair) for pair in sizes), key=lambda size: size.speedup)
+    return max((size(*key, tau) for key, tau in taus.items()), key=lambda size: size.speedup)
 
 
 def best_size(target, head, gamma: int | str, nodes: int | str, temperature=0.0) -> Size:
@@ -255,12 +379,14 @@ def best_size(target, head, gamma: int | str, nodes: int | str, temperature=0.0)
     """
     for given in ((1 if gamma == "auto" else gamma, 0), (1, 0 if nodes == "auto" else nodes)):
         plan_draft(head, *given, target)  # refuses what cannot be drafted
-    deepest = min(head.max_draft or max(CHAINS), target.config.context - 4)
-    most = deepest if gamma == "auto" else min(gamma, target.config.context - 4)
-    gammas = [g for g in CHAINS if g <= most] if "auto" in (gamma, nodes) else [most]
-    numbers = [0, *TREES] if nodes == "auto" else [nodes]
-    # A tree has to be able to reach its depth, and to hold its nodes within it.
-    fits = [(g, n) for g in gammas for n in numbers if g <= n <= WIDTH * (1 + WIDTH * (g - 1))]
-    sizes = [(g, 0) for g in gammas if 0 in numbers] + fits
-    sizes = sizes or [(g, n) for g in gammas for n in numbers]
-    return fastest(head, sizes, *size_costs(target, head, sizes, temperature), temperature)
+    deepest = min(math.inf if gamma == "auto" else gamma, target.config.context - 4)
+    taus = {
+        (g, n): tau
+        for (g, n), tau in taus_of(head, temperature).items()
+        if g <= deepest and nodes in ("auto", n) and (gamma in ("auto", g) or nodes == "auto")
+    }
+    if not taus:  # a tree of another size
+        most = min(deepest, nodes or deepest, head.max_draft or deepest)
+        gammas = [g for g in CHAINS if g <= most]
+        taus = {(g, nodes): expected_tau(head, g, nodes, temperature) for g in gammas}
+    return fastest(taus, *size_costs(target, head, list(taus), temperature))

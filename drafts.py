@@ -1,4 +1,4 @@
-"""Where a draft comes from and how far it goes: chains, fixed trees, trees that grow.
+"""Where a draft comes from and how far it goes: chains, fixed trees, trees that grow, copies.
 
 A draft is a tree of tokens. Its root is the last certain token; every path down from the root is
 one way the text may go on. A chain is the tree with one child at each node. The target reads all
@@ -11,7 +11,7 @@ A **plan** makes the drafts. All plans have one interface:
     plan.depth                                        the most tokens in a row that it drafts
     plan.nodes                                        the most tokens that it drafts in all
     plan.slots                                        room needed in the caches of target and head
-    plan.draft(head, state, root, depth, sampler)     a Draft below `root` (1,), to this depth
+    plan.draft(known, depth, sampler)                 a Draft after the text `known`, to this depth
 
 - `Chain`: one token after the other. Greedily each is the head's likeliest token; above temperature
   0 each is *drawn* from the head's q, and `speculate.verify` judges it.
@@ -20,16 +20,17 @@ A **plan** makes the drafts. All plans have one interface:
   right on validation text (Medusa, 2401.10774).
 - `GrowingTree`: the nodes that the head thinks likeliest, by the product of its probabilities along
   the path, found by a beam and ranked again (EAGLE-2, 2406.16858).
+- `Lookup`: no head at all. If the last n tokens stood in the text before, it copies what followed
+  there (prompt lookup; LLMA, 2304.04487). `CopyFirst` does so beside a head, which drafts where
+  nothing matches.
 
-The tokens of a tree are *named*, not drawn, at any temperature: `speculate.match` judges them. To
-treat the likeliest nodes as samples of q would change the distribution of the text.
+The tokens of a tree or a copy are *named*, not drawn, at any temperature: `speculate.match` judges
+them. To treat the likeliest nodes as samples of q would change the distribution of the text.
 
-The last part, `walk`, drafts along a given text, many windows at once: that is how often a head's
-guesses are right, measured without decoding. Read next: model.py.
+Read next: model.py.
 """
 
 import heapq
-import math
 from functools import cache
 from itertools import count
 from typing import NamedTuple
@@ -38,12 +39,13 @@ import torch
 from torch import Tensor
 
 from plumbing.cli import UserError
-from sampling import acceptance, argmax
 
 MAX_NODES = 256  # of a tree: a pass over more is no longer cheap anywhere
 WIDTH = 4  # nodes that a growing tree expands at each depth, and children of each
-DRAFT_POSITIONS = 4  # how far into a draft the held-out acceptance is measured
-RANKS = 16  # how many of a head's guesses at each position are counted
+MATCH = 3  # tokens that have to match, at least, before a copy is made
+LONGEST = 4  # and at most: a longer match is no better
+COPIED = 8  # tokens copied at once
+GAMMA = 4  # tokens of a head's chain, where nothing else is asked for
 Branch = tuple[int, ...]
 
 
@@ -61,6 +63,7 @@ class Draft(NamedTuple):
     tokens: Tensor  # (N + 1,)
     shape: Shape
     q: Tensor | None = None  # (N, V): the distribution of each node of a drawn chain; else None
+    source: str = "drafted"  # by a head; or copied
     # For on-lookers: the head's rows of logits (M, S), and the row that each node was chosen from.
     logits: tuple[Tensor, ...] = ()
     rows: Tensor | None = None  # (N,)
@@ -109,6 +112,56 @@ def deepest(agrees: Tensor, shape: Shape) -> Tensor:
     return (whole_path * shape.depth).argmax(0)
 
 
+# -------------------------------------------------------------------- the text before a draft
+
+
+class Known:
+    """The text that is certain, and how far the head has read it.
+
+    A plan that copies looks into `tokens`; one that needs the head calls `read`.
+    """
+
+    def __init__(self, prompt: list[int], head=None, room: int = 0):
+        self.tokens = list(prompt)
+        self.root: Tensor  # the last token (1,): the target has not read it yet
+        self.head, self.state = head, head.start(room) if head is not None else None
+        self.unread: list[tuple[Tensor, Tensor]] = []
+        self.after: dict[tuple, int] = {}  # a run of tokens -> the place after its latest copy
+        self.entered = 0  # tokens of the text that end a run in `after`
+
+    def add(self, new: list[int], tokens: Tensor, hidden: Tensor) -> None:
+        """Go on with `new`; the head is to read tokens (T,), each after its hidden (1, T, D)."""
+        self.tokens += new
+        self.root = tokens[-1:]
+        if self.head is not None:
+            self.unread.append((tokens, hidden))
+
+    def read(self):
+        """(head, its state), after it has absorbed in one pass all that it has missed."""
+        if self.head is None:
+            raise UserError("this plan needs a trained head")
+        if self.unread:
+            tokens, hidden = zip(*self.unread)
+            self.head.absorb(self.state, torch.cat(tokens)[None], torch.cat(hidden, 1))
+            self.unread.clear()
+        return self.head, self.state
+
+    def stood_before(self, least: int) -> int | None:
+        """The place after the latest copy of the last LONGEST tokens, else of fewer; or None.
+
+        At least `least` of them have to have stood there before. Each token is entered once.
+        """
+        text = self.tokens
+        while self.entered + 1 < len(text):  # a run that ends the text has nothing after it yet
+            self.entered += 1
+            for n in range(1, min(LONGEST, self.entered) + 1):
+                self.after[tuple(text[self.entered - n : self.entered])] = self.entered
+        for n in range(min(LONGEST, len(text)), least - 1, -1):
+            if place := self.after.get(tuple(text[-n:])):
+                return place
+        return None
+
+
 # -------------------------------------------------------------------------------------- chains
 
 
@@ -123,31 +176,37 @@ def root_only(root: Tensor) -> Draft:
     return Draft(root, chain_shape(0, root.device))
 
 
-class Chain:
+def in_words(gamma: int, nodes: int) -> str:
+    return f"a tree of {nodes} tokens, at most {gamma} deep" if nodes else f"a chain of {gamma}"
+
+
+class Plan:
+    def __str__(self) -> str:
+        return in_words(self.depth, self.nodes if self.nodes > self.depth else 0)
+
+
+class Chain(Plan):
     """`length` tokens, one after the other."""
 
     def __init__(self, length: int):
         self.depth = self.nodes = self.slots = length
 
-    def draft(self, head, state, root: Tensor, depth: int, sampler) -> Draft:
-        """See the file's docstring. The certain text has been absorbed."""
-        tokens, laws, logits = [root], [], [head.expand(state)[0]]  # logits: (1, S) each
+    def draft(self, known: Known, depth: int, sampler) -> Draft:
+        """See the file's docstring."""
+        head, state = known.read()
+        tokens, laws, logits = [known.root], [], [head.expand(state)[0]]  # logits: (1, S) each
         for i in range(depth):
             index, q = sampler.draw(logits[-1])  # (1,), (1, S) or None
             tokens.append(head.vocabulary.tokens_at(index))
             laws += [head.vocabulary.spread(q)] if q is not None else []
             if i + 1 < depth:
                 logits.append(head.expand(state, tokens[-1][None])[0])
-        shape = chain_shape(depth, root.device)
+        shape = chain_shape(depth, known.root.device)
         q = torch.cat(laws) if laws else None  # (N, V)
-        return Draft(torch.cat(tokens), shape, q, tuple(logits), shape.parents[1:])
+        return Draft(torch.cat(tokens), shape, q, "drafted", tuple(logits), shape.parents[1:])
 
 
 # --------------------------------------------------------------------------------- fixed trees
-
-
-def chain_paths(length: int) -> tuple[Branch, ...]:
-    return tuple((0,) * i for i in range(1, length + 1))
 
 
 def best_tree(rates: list[list[float]], nodes: int, depth: int) -> tuple[Branch, ...]:
@@ -178,18 +237,6 @@ def best_tree(rates: list[list[float]], nodes: int, depth: int) -> tuple[Branch,
     return tuple(chosen)
 
 
-def expected_length(rates: list[list[float]], paths: tuple[Branch, ...]) -> float:
-    """The acceptance length tau that a tree should have: 1 + the chance of each of its nodes."""
-    total = 1.0
-    for path in paths:
-        chance = 1.0
-        for i, rank in enumerate(path):
-            row = rates[min(i, len(rates) - 1)]
-            chance *= row[rank] if rank < len(row) else 0.0
-        total += chance
-    return total
-
-
 class Level(NamedTuple):
     """From the k nodes that a fixed tree expands at one depth to its n nodes at the next."""
 
@@ -201,7 +248,7 @@ class Level(NamedTuple):
     parents: Tensor | None  # (m,): which of the k these follow; None: k is 1
 
 
-class FixedTree:
+class FixedTree(Plan):
     """A tree of one shape for all cycles, laid out once: decoding only fills in the tokens.
 
     (Near the end of a text its upper part is laid out as well, once for each depth.)
@@ -239,12 +286,13 @@ class FixedTree:
             guesses = 1 + max(path[-1] for path in nodes)
             self.levels.append(Level(len(above), guesses, follows, ranks, places, parents))
 
-    def draft(self, head, state, root: Tensor, depth: int, sampler) -> Draft:
-        """See the file's docstring. The certain text has been absorbed."""
+    def draft(self, known: Known, depth: int, sampler) -> Draft:
+        """See the file's docstring."""
         if depth < self.depth:
             upper = tuple(path for path in self.paths if len(path) <= depth)
-            return fixed_tree(upper, root.device).draft(head, state, root, depth, sampler)
-        tokens, logits, above, parents = [root], [], None, None
+            return fixed_tree(upper, known.root.device).draft(known, depth, sampler)
+        head, state = known.read()
+        tokens, logits, above, parents = [known.root], [], None, None
         for level in self.levels:
             rows = head.expand(state, above, parents)[0]  # (k, S)
             # Medusa guesses alike whatever came before: its one row serves all k nodes.
@@ -252,7 +300,7 @@ class FixedTree:
             tokens.append(head.vocabulary.tokens_at(best)[level.above, level.rank])
             logits.append(rows.expand(level.k, -1))
             above, parents = tokens[-1][level.expanded][None], level.parents
-        return Draft(torch.cat(tokens), self.shape, None, tuple(logits), self.rows)
+        return Draft(torch.cat(tokens), self.shape, None, "drafted", tuple(logits), self.rows)
 
 
 @cache
@@ -263,7 +311,7 @@ def fixed_tree(paths: tuple[Branch, ...], device: torch.device) -> FixedTree:
 # ------------------------------------------------------------------------------- growing trees
 
 
-class GrowingTree:
+class GrowingTree(Plan):
     """The tree of the `nodes` tokens that the head deems likeliest, at most `depth` deep.
 
     At each depth the `width` best nodes are expanded, each to its `width` best children (EAGLE-2,
@@ -278,8 +326,9 @@ class GrowingTree:
         each = [torch.full((size,), i + 1) for i, size in enumerate(sizes)]
         self.depths = torch.cat([torch.zeros(1, dtype=torch.long), *each]).to(device)
 
-    def draft(self, head, state, root: Tensor, depth: int, sampler) -> Draft:
-        """See the file's docstring. The certain text has been absorbed."""
+    def draft(self, known: Known, depth: int, sampler) -> Draft:
+        """See the file's docstring."""
+        (head, state), root = known.read(), known.root
         reach = torch.zeros(1, dtype=torch.float64, device=root.device)  # log-probability (k,)
         above = torch.zeros(1, dtype=torch.long, device=root.device)  # the k nodes' numbers
         tokens, parents, scores, seen = [root], [above], [reach], 1
@@ -302,17 +351,77 @@ class GrowingTree:
         kept = scores.topk(min(self.nodes + 1, len(scores))).indices.sort().values  # root included
         parents = torch.searchsorted(kept, parents[kept])  # their new numbers
         shape = Shape(parents, self.depths[kept], ancestors(parents, depth))
-        return Draft(tokens[kept], shape, None, tuple(logits), (kept[1:] - 1) // self.width)
+        rows = (kept[1:] - 1) // self.width
+        return Draft(tokens[kept], shape, None, "drafted", tuple(logits), rows)
 
 
-def plan_draft(head, gamma: int, nodes: int, target) -> Chain | FixedTree | GrowingTree:
-    """A plan for `head`: a chain of `gamma`, or a tree of `nodes` at most `gamma` deep.
+# -------------------------------------------------------------------------------------- copies
 
-    Raises UserError for a draft that the head cannot make.
+
+class Lookup:
+    """Up to `length` tokens that followed where the last `match` tokens or more stood before.
+
+    A copy that reaches the end of the text goes on with its own tokens: a loop goes on.
     """
-    device = target.embed.weight.device
-    if gamma < 1:
+
+    def __init__(self, match: int = MATCH, length: int = COPIED):
+        self.match, self.depth = match, length
+        self.nodes = self.slots = length
+
+    def __str__(self) -> str:
+        return f"a copy of {self.depth} where {self.match} tokens match"
+
+    def draft(self, known: Known, depth: int, sampler) -> Draft:
+        """See the file's docstring. Only the root where nothing matches."""
+        place = known.stood_before(self.match)
+        if place is None:
+            return root_only(known.root)._replace(source="copied")
+        text = known.tokens[place : place + depth]
+        while len(text) < depth:
+            text.append(text[place - len(known.tokens) + len(text)])
+        copied = torch.tensor(text, device=known.root.device)
+        shape = chain_shape(len(text), known.root.device)
+        return Draft(torch.cat([known.root, copied]), shape, source="copied")
+
+
+class CopyFirst:
+    """A copy where `lookup` finds one, else the draft of `plan`."""
+
+    def __init__(self, lookup: Lookup, plan):
+        self.lookup, self.plan = lookup, plan
+        self.depth = max(lookup.depth, plan.depth)
+        self.nodes = max(lookup.nodes, plan.nodes)
+        self.slots = max(lookup.slots, plan.slots)
+
+    def __str__(self) -> str:
+        return f"{self.lookup}, else {self.plan}"
+
+    def draft(self, known: Known, depth: int, sampler) -> Draft:
+        """See the file's docstring."""
+        copied = self.lookup.draft(known, min(depth, self.lookup.depth), sampler)
+        if len(copied.tokens) > 1:
+            return copied
+        return self.plan.draft(known, min(depth, self.plan.depth), sampler)
+
+
+# --------------------------------------------------------------------------------- which plan
+
+
+def plan_draft(head, gamma: int | None, nodes: int, target, lookup: int = 0):
+    """A chain of `gamma`, or a tree of `nodes` at most `gamma` deep, or a copy where so many tokens
+    match as `lookup` says, 0: never. Raises UserError for a draft that cannot be made.
+    """
+    if not 0 <= lookup <= LONGEST:
+        raise UserError(f"lookup is {lookup}, it must lie between 0 (never) and {LONGEST} tokens")
+    if gamma is not None and gamma < 1:
         raise UserError(f"gamma is {gamma}, at least 1 token has to be drafted")
+    device = target.embed.weight.device
+    if head is None:
+        length = min(gamma or COPIED, target.config.context)
+        return Lookup(lookup, length) if lookup else Chain(0)
+    if lookup:
+        return CopyFirst(Lookup(lookup), plan_draft(head, gamma, nodes, target))
+    gamma = gamma or GAMMA
     if head.max_draft is not None and gamma > head.max_draft:
         raise UserError(f"gamma is {gamma}, but this head drafts at most {head.max_draft} tokens")
     if not 0 <= nodes <= MAX_NODES:
@@ -338,63 +447,3 @@ def rank_rates(head, name: str = "ranks") -> list[list[float]]:
             "this head has no record of how often its guesses are right, which is what trees and "
             "sizes are chosen by: train it anew with train.py, or draft a chain of a fixed length"
         ) from error
-
-
-# ---------------------------------------------------------------------- drafting along a text
-
-
-def walk(head, tokens: Tensor, hidden: Tensor, positions: int, stride: int):
-    """Draft along texts, tokens (B, T + 1) and the target's states hidden (B, T, D) on them.
-
-    A draft begins every `stride` places, and its path is the text itself. Yields (start, i,
-    logits): the head's logits (B, S) at draft position i = 0, 1, .. of the draft after `start`
-    states. The target's own are those of hidden[:, start + i]. It calls the decoder's own `absorb`
-    and `expand`.
-    """
-    length = hidden.shape[1]
-    state, read = head.start(length + positions, batch=len(tokens)), 0
-    for start in range(min(stride, length - positions), length - positions + 1, stride):
-        head.absorb(state, tokens[:, read + 1 : start + 1], hidden[:, read:start])
-        read = start
-        for i in range(positions):
-            here = start + i
-            logits = head.expand(state, tokens[:, here, None]) if i else head.expand(state)
-            yield start, i, logits[:, 0]
-
-
-@torch.no_grad()
-def measure_acceptance(target, head, batch, stride: int = 16, by_rank=False) -> dict:
-    """How well a head drafts along given text, at each draft position i = 1, 2, ..
-
-    agree_i: share of drafts where head and target have the same first choice, whatever was right
-    before; alpha_i: mean of sum_x min(p, q). tau_estimate = 1 + sum_i prod_{j <= i} agree_j, the
-    greedy acceptance length if positions were independent. `by_rank` adds two lists (P, RANKS), by
-    which trees are chosen: `ranks`, how often the head's r-th guess is the target's first choice,
-    and `mass`, the mean p of that guess; and the number of `drafts`. Only drafts whose tokens are
-    all to be learnt count. Raises UserError where there is none.
-    """
-    tokens, hidden, learn = batch
-    positions = min(DRAFT_POSITIONS, head.max_draft or DRAFT_POSITIONS)
-    drafts, alpha = 0, torch.zeros(positions, dtype=torch.float64)
-    ranks = torch.zeros(positions, min(RANKS, target.config.vocab_size), dtype=torch.float64)
-    mass = torch.zeros_like(ranks)
-    for start, i, logits in walk(head, tokens, hidden, positions, stride):
-        use = learn[:, start + 1 : start + positions + 1].all(1)  # (B,)
-        drafts += use.sum().item() if i == 0 else 0
-        p = target.lm_head(hidden[use, start + i]).float().softmax(-1)  # (B', V)
-        q = logits[use].float().softmax(-1)  # (B', S)
-        guesses = head.vocabulary.tokens_at(q.topk(ranks.shape[1]).indices)  # (B', RANKS)
-        ranks[i] += (guesses == argmax(p)[:, None]).sum(0).cpu()
-        mass[i] += p.gather(-1, guesses).sum(0).cpu()
-        alpha[i] += acceptance(head.vocabulary.rows(p.T).T, q).sum().item()
-    if drafts == 0:
-        raise UserError("the held-out text has nothing to learn in it: write or give more")
-    ranks, mass, alpha = ranks / drafts, mass / drafts, alpha / drafts
-    agree = ranks[:, 0]
-    result = {f"agree_{i + 1}": value.item() for i, value in enumerate(agree)}
-    result |= {f"alpha_{i + 1}": value.item() for i, value in enumerate(alpha)}
-    # Of a head that diverged the first choice is some token all the same: alpha alone tells.
-    diverged = alpha.isnan().any()
-    result["tau_estimate"] = math.nan if diverged else 1 + agree.cumprod(0).sum().item()
-    rates = {"ranks": ranks.tolist(), "mass": mass.tolist(), "drafts": drafts}
-    return result | (rates if by_rank else {})

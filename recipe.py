@@ -12,8 +12,8 @@ from pathlib import Path
 
 import torch
 
+from costs import DRAFT_POSITIONS, RANKS
 from draft_head import KINDS
-from drafts import DRAFT_POSITIONS, RANKS
 from model import GPTConfig
 from plumbing.cli import UserError, check_ranges, option
 
@@ -24,7 +24,7 @@ WRITTEN_WINDOW = 128  # tokens of a text that the target writes: a small one rep
 
 # The defaults below are those of `cpu`; README has its minutes and memory on two cores. Beside a
 # target from elsewhere (--target) the amounts of `pretrained` hold: those of a run of about two
-# hours for SmolLM2's EAGLE heads on two cores of an Intel Xeon with AMX (smollm2-greedy.json).
+# hours for SmolLM2's EAGLE heads on two cores of an Intel Xeon with AMX (smollm2-four.json).
 PRESETS = {
     "cpu": {},
     "lab": dict(head_data_tokens=500_000, head_tokens=1_400_000),

@@ -24,12 +24,12 @@ does not depend on x, which was drawn afterwards, nor on the uniforms that judge
 residual. So the text has exactly the target's distribution (after temperature, top-k and top-p,
 which change p and q alike), however bad the draft, and wherever cycles end.
 
-**Named tokens** (`match`). A greedy draft, or a tree, just names the likeliest tokens; q decides
-nothing any more. The target draws its own token Y from p after each node. Y is always the token
-that is written: if a child of the node carries Y, that child is accepted and the next p is there
-already; if none does, the cycle ends. Greedily Y is the likeliest token. (It is the rule above with
-one-hot q's: the first child x is accepted with probability p(x), the next one y with (1 - p(x))
-times p(y) / (1 - p(x)), which is p(y).)
+**Named tokens** (`match`). A greedy draft, or a tree, just names the likeliest tokens; a copy names
+those that stood in the text before. q decides nothing any more. The target draws its own token Y
+from p after each node. Y is always the token that is written: if a child of the node carries Y,
+that child is accepted and the next p is there already; if none does, the cycle ends. Greedily Y is
+the likeliest token. (It is the rule above with one-hot q's: the first child x is accepted with
+probability p(x), the next one y with (1 - p(x)) times p(y) / (1 - p(x)), which is p(y).)
 
 The gain is the **acceptance length** tau, the tokens written per pass of the target, at most one
 more than the draft is deep; the price is the drafting. Read the two rules and `generate`; the rest
@@ -45,8 +45,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from costs import best_size, in_words, tree_warning
-from drafts import Chain, Draft, Shape, deepest, plan_draft, root_only
+from costs import best_size, tree_warning
+from drafts import COPIED, GAMMA, MATCH, Draft, Known, Shape, deepest, plan_draft, root_only
 from model import GPT, GPTConfig
 from plumbing.cli import UserError, check_ranges, fail, number_or_auto, option, parse, run
 from plumbing.files import atomic_write, check_writable
@@ -117,8 +117,10 @@ class Cycle:
     draft: Draft
     path: list[int]  # the root, then the nodes that passed the rule, also beyond a stop token
     p: list[float]  # p(x) of each drafted token x; at temperature 0, of the softmax
-    q: list[float]  # q(x) of each drafted token, likewise
+    q: list[float]  # q(x) of each drafted token, likewise; empty for copies
     u: list[float]  # the uniform that judged each drawn token; empty for named tokens
+    own: tuple[float, float | None]  # p of the target's own token, and q where a drawn one stood
+    short: bool  # whether the draft had no room for all that its plan would have drafted
     seconds: dict[str, float]  # of each phase
 
     @property
@@ -133,6 +135,7 @@ class Generation:
 
     tokens: list[int] = field(default_factory=list)  # the new ones, a stop token included
     produced: list[int] = field(default_factory=list)  # written by each cycle; prefill's not here
+    drafts: list[tuple[str, int]] = field(default_factory=list)  # of each: its source, its tokens
     # Cycles that drafted as deep as planned and met no stop token inside the draft. Near the token
     # limit less is drafted, and a stop token ends the text: only the last cycles can be cut.
     uncut_cycles: int = 0
@@ -164,8 +167,9 @@ def generate(
     prompt_tokens: list[int],
     max_new_tokens: int,
     head=None,
-    gamma: int = 4,
+    gamma: int | None = None,
     nodes: int = 0,
+    lookup: int = 0,
     temperature: float = 0.0,
     top_k: int | None = None,
     top_p: float | None = None,
@@ -177,25 +181,22 @@ def generate(
     """Continue the prompt by up to `max_new_tokens`, fewer at a stop token or the window's end.
 
     `head=None` is plain autoregressive decoding: the same loop with nothing drafted. A head drafts
-    a chain of `gamma` tokens (`nodes=0`), or a tree of `nodes` tokens at most `gamma` deep; a
-    `plan` of drafts.py takes the place of both. `on_cycle` is called with a `Cycle` after each; its
-    time is not counted. The same seed gives the same text again. Sampled texts with and without a
-    head differ; only their distribution is the same. Raises UserError for an impossible request.
+    a chain of `gamma` tokens (`nodes=0`), or a tree of `nodes` tokens at most `gamma` deep. Where
+    the last `lookup` tokens stood in the text before, what followed there is copied instead; this
+    needs no head. A `plan` of drafts.py takes the place of all three. `on_cycle` is called with a
+    `Cycle` after each; its time is not counted. The same seed gives the same text again. Sampled
+    texts with drafts are others than without; their law is one. Raises UserError for bad requests.
     """
     check_prompt(target.config, prompt_tokens)
     if max_new_tokens < 1:
         raise UserError(f"max_new_tokens is {max_new_tokens}, it must be at least 1")
     device = target.embed.weight.device
     sampler = Sampler(device, temperature, top_k, top_p, seed)
-    if head is None:
-        plan = Chain(0)
-    elif plan is None:
-        plan = plan_draft(head, gamma, nodes, target)
+    plan = plan or plan_draft(head, gamma, nodes, target, lookup)
     prompt = torch.tensor(prompt_tokens, device=device)  # (T,)
     limit = min(max_new_tokens, target.config.context - len(prompt_tokens))
     room = len(prompt) + limit + plan.slots
-    cache = target.new_cache(room)
-    state = head.start(room) if head is not None else None
+    cache, known = target.new_cache(room), Known(prompt_tokens, head, room)
     out, watch = Generation(), Stopwatch(device)
 
     # Prefill: the target reads the prompt in one pass and writes one token.
@@ -205,18 +206,18 @@ def generate(
     out.tokens.append(last.item())
     watch.lap("prefill")
     if on_cycle:
-        on_cycle(Cycle(out.tokens[:], draft, [0], [], [], [], watch.seconds(1)))
+        figures = chances(head, draft, target.lm_head(hidden[0, -1:]), p, u, sampler, [0], last)
+        on_cycle(Cycle(out.tokens[:], draft, [0], *figures, False, watch.seconds(1)))
         watch.lap("callback")
-    # The certain tokens that the head has not read yet (T,): certain[i] was chosen from the
-    # target's state hidden[0, i]. The last token has no state yet; the target reads it next.
-    certain = torch.cat([prompt[1:], last[None]])
+    # What the head reads: each token with the state that it was chosen from. The last token has no
+    # state of its own yet; the target reads it next.
+    known.add(out.tokens, torch.cat([prompt[1:], last[None]]), hidden)
 
     while len(out.tokens) < limit and out.tokens[-1] != stop_token:
         # Draft below the last token, no deeper than can be written before the target's own token.
-        depth, draft = min(plan.depth, limit - len(out.tokens) - 1), root_only(last[None])
-        if depth > 0:  # it is 0 in plain decoding, and in a last cycle that has room for one token
-            head.absorb(state, certain[None], hidden)
-            draft = plan.draft(head, state, last[None], depth, sampler)
+        depth = min(plan.depth, limit - len(out.tokens) - 1)
+        # It is 0 in plain decoding, and in a last cycle that has room for one token.
+        draft = plan.draft(known, depth, sampler) if depth > 0 else root_only(known.root)
         watch.lap("draft")
 
         # Verify: the target reads the last token and the whole draft in one pass.
@@ -230,16 +231,19 @@ def generate(
         path, new = draft.path_to(node, last)
         kept = torch.tensor(path, device=device)  # in place already where it is 0, 1, 2, ..
         cache.keep(start, kept, in_place=path[-1] == len(path) - 1)
-        certain, hidden = torch.cat([draft.tokens[kept[1:]], last[None]]), hidden[:, kept]
+        written, hidden = torch.cat([draft.tokens[kept[1:]], last[None]]), hidden[:, kept]
+        known.add(new, written, hidden)
         if cut := stop_token in new[:-1]:  # the text ends here, and the loop with it
             new = new[: new.index(stop_token) + 1]
         out.tokens += new
         out.produced.append(len(new))
+        out.drafts.append((draft.source, len(draft.tokens) - 1))
         out.uncut_cycles += depth == plan.depth and not cut
         watch.lap("other")
         if on_cycle:
-            figures = chances(head, draft, logits, p, u, sampler)
-            on_cycle(Cycle(new, draft, path, *figures, watch.seconds(3)))
+            figures = chances(head, draft, logits, p, u, sampler, path, last)
+            short = int(draft.shape.depth[-1]) == depth < plan.depth
+            on_cycle(Cycle(new, draft, path, *figures, short, watch.seconds(3)))
             watch.lap("callback")
     seconds = watch.seconds()
     out.prefill_seconds, out.draft_seconds = seconds["prefill"], seconds["draft"]
@@ -259,27 +263,32 @@ def check_prompt(config: GPTConfig, prompt: list[int]) -> None:
         raise UserError(f"the prompt has tokens outside the vocabulary of {config.vocab_size}")
 
 
-def chances(head, draft: Draft, logits: Tensor, p, u, sampler: Sampler) -> tuple[list, list, list]:
-    """p(x) and q(x) of each drafted token x, and the u that judged it: see `Cycle`.
+def chances(head, draft: Draft, logits: Tensor, p, u, sampler: Sampler, path, last) -> tuple:
+    """The figures p, q, u and own of a `Cycle`: chances of the drafted tokens and of `last` ().
 
     Greedy decoding compares no probabilities; shown are those of temperature 1.
     """
     tokens, parents = draft.tokens[1:, None], draft.shape.parents[1:]  # (N, 1), (N,)
-    if len(tokens) == 0:
-        return [], [], []
 
     def law(logits: Tensor) -> Tensor:
         return sampler.distribution(logits) if sampler.temperature else logits.float().softmax(-1)
 
-    p = law(logits) if p is None else p
-    p_x = p[parents].gather(-1, tokens)[:, 0].tolist()
+    p, q = law(logits) if p is None else p, []
+    own_p, own_q = p[path[-1], last].item(), None
     if draft.q is not None:
-        return p_x, draft.q.gather(-1, tokens)[:, 0].tolist(), u[:-1].tolist()
-    q = law(torch.cat(draft.logits)[draft.rows])  # (N, S)
-    return p_x, q.gather(-1, head.vocabulary.indices_of(tokens))[:, 0].tolist(), []
+        q = draft.q.gather(-1, tokens)[:, 0].tolist()
+        own_q = draft.q[path[-1], last].item() if path[-1] < len(tokens) else None
+    elif draft.logits:
+        rows = law(torch.cat(draft.logits)[draft.rows])  # (N, S)
+        q = rows.gather(-1, head.vocabulary.indices_of(tokens))[:, 0].tolist()
+    p_x = p[parents].gather(-1, tokens)[:, 0].tolist()
+    return p_x, q, u[:-1].tolist() if draft.q is not None else [], (own_p, own_q)
 
 
 # ------------------------------------------------------------------------ the command line
+
+
+HEADLESS = "none", "lookup"  # names that need no trained head
 
 
 @dataclass(frozen=True)
@@ -288,8 +297,13 @@ class DecodeConfig:
 
     out_dir: str | None = option(None, WHICH_RUN)
     max_new_tokens: int = option(128, "tokens to write for each prompt", least=1)
-    gamma: int | str = option(
-        4, "tokens of a chain, or depth of a tree; auto: by measurement", type=number_or_auto
+    gamma: int | str | None = option(
+        None,
+        f"tokens of a chain, depth of a tree; auto: measured; default: {GAMMA}, copies {COPIED}",
+        type=number_or_auto,
+    )
+    lookup: int = option(
+        0, "copy where so many last tokens stood before, else the head drafts; 0: never", least=0
     )
     temperature: float = option(0.0, "0 is greedy; higher is more varied")
     top_k: int = option(0, "sample from the k likeliest tokens only; 0: from all")
@@ -319,7 +333,9 @@ class SpeculateConfig(DecodeConfig):
     raw: bool = option(False, "have a chat model continue the prompt as plain text")
     chat: bool = option(False, "talk to a chat model: a turn is a line of standard input")
     head: str = option(
-        "auto", "a trained head's name, a path to one, or none; auto: eagle-koala where it is"
+        "auto",
+        "a trained head's name, a path to one, lookup (copies alone), or none; auto: eagle-koala "
+        "where it is",
     )
     nodes: int | str = option(
         0, "tokens of a drafted tree; 0: a chain; auto: by measurement", type=number_or_auto
@@ -333,7 +349,7 @@ class SpeculateConfig(DecodeConfig):
             raise UserError("--chat goes with neither --html, which draws one text, nor --raw")
 
 
-def converse(target, head, encoding, request: dict) -> None:
+def converse(target, encoding, request: dict) -> None:
     """Answer the lines of standard input, one turn each, until it ends."""
     if target.chat is None:
         raise UserError("--chat needs a chat model: see targets/README.md for SmolLM2")
@@ -350,9 +366,9 @@ def converse(target, head, encoding, request: dict) -> None:
             said = []
             continue
         printer = Printer(encoding, target.chat.stop)
-        out = generate(target, prompt, head=head, on_cycle=printer.show, **request)
+        out = generate(target, prompt, on_cycle=printer.show, **request)
         printer.finish()
-        tau = f", tau {out.acceptance_length:.2f}" if head is not None else ""
+        tau = f", tau {out.acceptance_length:.2f}" if request["plan"].depth else ""
         print(f"({len(out.tokens)} tokens, {out.tokens_per_second:.1f} tokens/s{tau})\n")
         answer = [token for token in out.tokens if token != target.chat.stop]
         said.append(encoding.decode(answer))
@@ -362,12 +378,12 @@ def main() -> None:
     config = parse(SpeculateConfig, about=__doc__)
     if config.html is not None:
         check_writable(Path(config.html))
-    folder = find_run(config.out_dir, config.chat)
+    folder = find_run(config.out_dir, config.chat, config.head not in HEADLESS)
     prompt = config.prompt
     if prompt == "-":
         prompt = sys.stdin.buffer.read().decode("utf-8", "surrogateescape")
     name = favourite(folder) if config.head == "auto" else config.head
-    asked = None if name == "none" else name
+    asked = None if name in HEADLESS else name
     target, head, encoding = load(folder, asked, config.device, config.dtype, config.compile)
     weight = target.embed.weight
     dtype = f"{str(weight.dtype).removeprefix('torch.')} ({target.why_dtype})"
@@ -376,44 +392,50 @@ def main() -> None:
     if config.out_dir is None and came_along(folder):
         print("(another: --out_dir FOLDER; your own, about an hour on two cores: python train.py)")
     gamma, nodes = config.gamma, config.nodes
-    if head is not None and "auto" in (gamma, nodes):
+    if gamma is None and head is not None:
+        gamma = GAMMA
+    if head is None and (gamma == "auto" or nodes != 0):
+        raise UserError("--gamma auto and --nodes need a trained head")
+    if "auto" in (gamma, nodes):
         size = best_size(target, head, gamma, nodes, config.temperature)
         gamma, nodes = size.gamma, size.nodes
         print(f"drafting {size}, by measurement")
-    if head is not None and (warning := tree_warning(head, gamma, nodes, config.temperature)):
+    if warning := tree_warning(head, gamma, nodes, config.temperature):
         print(warning)
+    lookup = config.lookup or (MATCH if name == "lookup" else 0)
+    plan = plan_draft(head, gamma, nodes, target, lookup)
     chat = None if config.raw else target.chat
     stop = encoding.eot_token if chat is None else chat.stop
-    request = config.request | dict(gamma=gamma, nodes=nodes, seed=config.seed, stop_token=stop)
+    request = config.request | dict(seed=config.seed, stop_token=stop)
+    drafting = request | dict(head=head, plan=plan)
     if config.chat:
-        return converse(target, head, encoding, request)
+        return converse(target, encoding, drafting)
     print()
     tokens = encode_prompt(encoding, prompt) if chat is None else chat.prompt([prompt])
-    request["prompt_tokens"] = tokens
     # A process's first passes are slow: they are not those that are timed.
-    generate(target, head=head, **request | {"max_new_tokens": min(8, config.max_new_tokens)})
+    generate(target, tokens, **drafting | {"max_new_tokens": min(8, config.max_new_tokens)})
     printer, cycles, steps = Printer(encoding, stop, config.trace), [], []
     look, look_again = printer.show, None
     if config.html is not None:
         look, look_again = record(cycles, printer.show), record(steps)
-    shown = generate(target, head=head, on_cycle=look, **request)
+    shown = generate(target, tokens, on_cycle=look, **drafting)
     printer.finish()
     size = sum(weight.numel() for weight in target.parameters()) / 1e6
     facts = [about, f"target of {size:.1f} M parameters, temperature {config.temperature:g}"]
-    if head is None:
+    if plan.depth == 0:
         lanes = {"plain": (shown, cycles)}
         print(compare("autoregressive", shown, shown))
     else:
-        plain = generate(target, on_cycle=look_again, **request)
+        plain = generate(target, tokens, on_cycle=look_again, **request)
         lanes = {"plain": (plain, steps), "speculative": (shown, cycles)}
-        facts[1] += f", drafting {in_words(gamma, nodes)}"
+        facts[1] += f", drafting {plan}"
         print(compare("autoregressive", plain, plain))
         print(compare("speculative", shown, plain))
         if config.temperature == 0:
             facts.append(same_or_not(target, tokens, shown.tokens, plain.tokens))
         if is_loop(shown.tokens):
             facts.append("the text ends in a loop, which is easy to draft: its speed flatters")
-        if reason := remark(shown, plain, gamma):
+        if reason := remark(shown, plain, plan.depth):
             facts.append(reason)
         for fact in facts[2:]:
             print(fact)

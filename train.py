@@ -30,9 +30,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from costs import measure_acceptance
 from discriminator import Discriminator, adversarial_loss, discriminator_loss, exact_logits, health
 from draft_head import Batch, Guess, HeadConfig, build_head
-from drafts import measure_acceptance
 from plumbing.cli import UserError, parse, run
 from plumbing.curves import heads_table, plot_training
 from plumbing.files import load_checkpoint, round_weights

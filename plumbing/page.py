@@ -103,8 +103,9 @@ cycle wrote, and where it is from</p>"""
 DRAWN = """<p>A token that was drawn from q is accepted where u &lt; p / q, that is, where u times
 q is less than p. The tick stands at u times q: a token is accepted exactly where the tick lies
 inside p's bar.</p>"""
-NAMED = """<p>The draft just names likely tokens. One is accepted where it is the target's own
-choice; p and q decide nothing. (At temperature 0 they are those of temperature 1.)</p>"""
+NAMED = """<p>The draft just names tokens, likely or copied ones. One is accepted where it is the
+target's own choice; p and q decide nothing. (At temperature 0 they are those of temperature
+1.)</p>"""
 
 
 def record(cycles: list, show=None):
@@ -138,8 +139,10 @@ def page(facts: list[str], prompt: str, lanes: dict, encoding, stop_token: int) 
         timeline(lanes),
     ]
     if cards:
-        rule = DRAWN if any(cycle.u for cycle in cycles) else NAMED
-        parts += [f"<h2>The cycles</h2>{KEY}{rule}", *cards]
+        drafted = [cycle for cycle in cycles if cycle.p]
+        rules = DRAWN if any(cycle.u for cycle in drafted) else ""
+        rules += NAMED if any(not cycle.u for cycle in drafted) else ""
+        parts += [f"<h2>The cycles</h2>{KEY}{rules}", *cards]
     return "\n".join([*parts, "</body></html>\n"])
 
 
@@ -223,15 +226,18 @@ def card(number: int, cycle, encoding) -> str:
 
 def box(cycle, node: int, token: str, kind: str, words: str) -> str:
     """A drafted token: its p and q, and the u that decided. What was dropped no u decided."""
-    p, q = cycle.p[node - 1], cycle.q[node - 1]
+    p, q = cycle.p[node - 1], cycle.q[node - 1] if cycle.q else None
     bars = f'<rect class="target" y="3" height="7" width="{100 * p:.6f}%"/>'
-    bars += f'<rect class="head" y="16" height="7" width="{100 * q:.6f}%"/>'
+    names, values = "p", f"{p:.3f}"
+    if q is not None:  # a copy has none
+        bars += f'<rect class="head" y="16" height="7" width="{100 * q:.6f}%"/>'
+        names, values = f"{names}<br>q", f"{values}<br>{q:.3f}"
     if cycle.u and kind != "dropped":
         u = cycle.u[node - 1]
         x, words = f"{100 * u * q:.6f}%", f"u {u:.3f}, {words}"
         bars += f'<line x1="{x}" x2="{x}" y1="0" y2="26"/>'
     return (
         f'<div class="box {kind}"><div class="token">{SIGNS[kind]} {escape(token)}</div>'
-        f'<div class="bars"><span>p<br>q</span><svg>{bars}</svg>'
-        f'<span>{p:.3f}<br>{q:.3f}</span></div><div class="why">{escape(words)}</div></div>'
+        f'<div class="bars"><span>{names}</span><svg>{bars}</svg>'
+        f'<span>{values}</span></div><div class="why">{escape(words)}</div></div>'
     )

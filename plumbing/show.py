@@ -90,13 +90,23 @@ def judge(cycle, encoding) -> tuple[list[tuple[str, str]], str]:
         why = "from the target's p: nothing was drafted after" if end else "from the target's p"
     else:
         why = "from the residual, where p exceeds q" if cycle.u else "the target's own choice"
+    why += "" if ended else f"  ({p_and_q(*cycle.own)})"
     return [verdict(node) for node in range(1, len(tokens))], why
 
 
 def counts(cycle) -> str:
-    """How many tokens came to what."""
+    """Where the draft came from, and how many tokens came to what."""
     drafted = len(cycle.draft.tokens) - 1
-    return f"drafted {drafted}, accepted {cycle.accepted}, wrote {len(cycle.tokens)}"
+    if drafted == 0 and cycle.draft.source == "copied":
+        return "nothing to copy, wrote 1"
+    source = f"{cycle.draft.source} {drafted}"
+    source += " (no room for more)" if cycle.short else ""
+    return f"{source}, accepted {cycle.accepted}, wrote {len(cycle.tokens)}"
+
+
+def p_and_q(p: float, q: float | None) -> str:
+    """q: None for a copy, and after all that was drafted."""
+    return f"p {p:.3f}" + (f"  q {q:.3f}" if q is not None else "")
 
 
 def times(cycle) -> str:
@@ -118,9 +128,12 @@ def trace_lines(number: int, cycle, encoding) -> list[str]:
         for node in range(1, len(tokens)):
             if parents[node] == parent:
                 name = "  " * min(depth, 8) + quoted(tokens[node], encoding)
-                figures = f"p {cycle.p[node - 1]:.3f}  q {cycle.q[node - 1]:.3f}"
-                figures += f"  u {cycle.u[node - 1]:.3f}" if cycle.u else ""
-                lines.append(f"{name:40} {figures}  {verdicts[node - 1][1]}")
+                p, q = cycle.p[node - 1], cycle.q[node - 1] if cycle.q else None
+                kind, words = verdicts[node - 1]
+                figures = p_and_q(p, q)
+                if cycle.u and kind != "dropped":  # of what was dropped no u decided
+                    figures += f"  p/q {p / q:<5.3g} u {cycle.u[node - 1]:.3f}"
+                lines.append(f"{name:40} {figures}  {words}")
                 lines += below(node, depth + 1)
         return lines
 
@@ -136,7 +149,9 @@ def quoted(token: int, encoding, width: int = 24) -> str:
 
 def remark(result, baseline, depth: int) -> str | None:
     """Why drafts of up to `depth` tokens brought no speed, by the cost model; None if they did."""
-    if not result.produced or result.tokens_per_second >= baseline.tokens_per_second:
+    if min(len(result.tokens), len(baseline.tokens)) < 2:
+        return None
+    if result.tokens_per_second >= baseline.tokens_per_second:
         return None
     step, cycles = baseline.seconds / (len(baseline.tokens) - 1), len(result.produced)
     draft, cost = (seconds / cycles / step for seconds in (result.draft_seconds, result.seconds))
@@ -161,6 +176,8 @@ def figures(result, baseline) -> dict[str, str]:
 
 def compare(name: str, result, baseline) -> str:
     """The figures of a run in one line."""
+    if min(len(result.tokens), len(baseline.tokens)) < 2:
+        return f"{name:15} a text ended with its first token, which prefill wrote: nothing to time"
     found = figures(result, baseline)
     line = f"{name:15} {found['decoding']:>8} tokens/s decoding, {found['whole']:>8} end to end"
     gained = result is not baseline

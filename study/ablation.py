@@ -5,7 +5,7 @@ removed or changed alone. Two other causes of a gain are tried as well: more par
 as large as two), and training on the head's own guesses. All cells have the same target, number of
 tokens and batches, in the same order.
 
-Figures are from held-out text, along which the heads draft (`drafts.measure_acceptance`). They help
+Figures are from held-out text, along which the heads draft (`costs.measure_acceptance`). They help
 to choose and prove nothing: the best of many cells is lucky as well.
 
 A chosen question is written into LOG.md first. Then its cells are trained in several seeds, and
@@ -20,8 +20,8 @@ from pathlib import Path
 
 import torch
 
+from costs import DRAFT_POSITIONS, chain_paths, expected_length, walk
 from draft_head import HeadConfig, build_head
-from drafts import DRAFT_POSITIONS, chain_paths, expected_length, walk
 from plumbing.cli import UserError, option, parse, run
 from plumbing.curves import read_log
 from plumbing.files import load_checkpoint, write_json

@@ -187,7 +187,9 @@ def test_a_trace_shows_every_cycle_in_lines_of_at_most_100_columns(speak):
     status, out, _ = speak("--trace", "--temperature", "1", "--gamma", "4")
     assert status == 0 and max(map(len, out.splitlines()[1:])) <= 100
     assert "prefill" in out and "cycle 1" in out
-    assert re.search(r"p [01]\.\d+  q [01]\.\d+  u 0\.\d+  (accept: u <|REJECT: u >=) p / q", out)
+    assert re.search(
+        r"p [01]\.\d+  q [01]\.\d+  p/q \S+ +u 0\.\d+  (accept: u <|REJECT: u >=) p / q", out
+    )
     assert out.count("\n  + ") == out.count("\ncycle ")
 
 

@@ -15,6 +15,7 @@ import torch
 from toys import (
     FALSE_ALARM,
     chi_square_p_value,
+    known_text,
     law_of_text,
     random_tables,
     rest_of,
@@ -23,16 +24,15 @@ from toys import (
     whole_vocabulary,
 )
 
+from costs import chain_paths, expected_length
 from drafts import (
     Chain,
     FixedTree,
     GrowingTree,
     ancestors,
     best_tree,
-    chain_paths,
     chain_shape,
     deepest,
-    expected_length,
     plan_draft,
 )
 from plumbing.cli import UserError
@@ -190,7 +190,8 @@ def test_a_head_expands_each_node_as_the_end_of_a_chain(target, kind, paths, tra
         return state
 
     tree = FixedTree(paths, CPU)
-    draft = tree.draft(head, absorbed(), tokens[0, -1:], tree.depth, Sampler(CPU))
+    known = known_text(head, tokens, hidden, 24 + len(paths))
+    draft = tree.draft(known, tree.depth, Sampler(CPU))
     chosen_from = torch.cat(draft.logits)[draft.rows]  # (N, S): the row that each node comes from
     for i, row in enumerate(tree.shape.ancestors):
         path, state = draft.tokens[row][1:], absorbed()
@@ -208,13 +209,11 @@ def test_a_head_expands_each_node_as_the_end_of_a_chain(target, kind, paths, tra
 
 
 def test_a_tree_cut_short_is_the_upper_part_of_it(target, kind, trained):
-    head, (tokens, hidden) = trained(kind), some_text(target)
-    state = head.start(100)
-    head.absorb(state, tokens[:, 1:], hidden)
+    known = known_text(trained(kind), *some_text(target))
     tree, greedy = FixedTree(full(2, 4), CPU), Sampler(CPU)
-    whole = tree.draft(head, state, tokens[0, -1:], 4, greedy)
+    whole = tree.draft(known, 4, greedy)
     for depth, nodes in [(1, 3), (2, 7), (3, 15)]:
-        part = tree.draft(head, state, tokens[0, -1:], depth, greedy)
+        part = tree.draft(known, depth, greedy)
         assert part.tokens.tolist() == whole.tokens[:nodes].tolist()
         assert part.shape.depth.max() == depth
 
@@ -240,13 +239,11 @@ def path_probabilities(head, state, depth: int, vocab: int, temperature) -> dict
 @pytest.mark.parametrize("nodes", [1, 2, 5])  # no more than the beam is wide: it can miss none
 def test_a_growing_tree_holds_the_likeliest_continuations(kind, nodes, temperature, ranked_at):
     target = tiny_target(seed=4, vocab=5)
-    head, (tokens, hidden) = tiny_head(kind, 1, target), some_text(target)
-    state = head.start(100)
-    head.absorb(state, tokens[:, 1:], hidden)
-    probability = path_probabilities(head, state, 3, 5, ranked_at)
+    known = known_text(tiny_head(kind, 1, target), *some_text(target))
+    probability = path_probabilities(*known.read(), 3, 5, ranked_at)
     best = sorted(probability, key=probability.get, reverse=True)[: nodes + 1]
     sampler = Sampler(CPU, temperature)
-    draft = GrowingTree(nodes, 3, 5, CPU).draft(head, state, tokens[0, -1:], 3, sampler)
+    draft = GrowingTree(nodes, 3, 5, CPU).draft(known, 3, sampler)
     paths = [tuple(draft.tokens[row][1:].tolist()) for row in draft.shape.ancestors]
     assert sorted(paths) == sorted(best)
     assert draft.shape.depth.tolist() == [len(path) for path in paths]
@@ -262,8 +259,11 @@ class Certain:
 
     vocabulary = whole_vocabulary(7)
 
-    def start(self):
+    def start(self, max_length):
         return None
+
+    def absorb(self, state, tokens, hidden):
+        pass
 
     def expand(self, state, tokens=None, parents=None):
         return 1000.0 * torch.eye(7)[None, 3:4]
@@ -271,8 +271,8 @@ class Certain:
 
 def test_no_node_of_a_growing_tree_is_kept_without_its_parent():
     for nodes in range(1, 30):
-        tree, root = GrowingTree(nodes, 5, 4, CPU), torch.tensor([0])
-        draft = tree.draft(Certain(), None, root, 5, Sampler(CPU))
+        known = known_text(Certain(), torch.tensor([[1, 0]]), torch.zeros(1, 1, 1))
+        draft = GrowingTree(nodes, 5, 4, CPU).draft(known, 5, Sampler(CPU))
         parents = draft.shape.parents
         assert len(draft.tokens) == nodes + 1 and (parents[1:] < torch.arange(1, nodes + 1)).all()
         assert torch.equal(draft.shape.depth[1:], draft.shape.depth[parents[1:]] + 1)

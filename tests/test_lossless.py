@@ -11,7 +11,6 @@ accepted, so it is compared with a head that reads the finished text at once.
 import math
 import re
 from functools import cache
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,6 +18,7 @@ import torch.nn.functional as F
 from toys import (
     BYTES,
     FALSE_ALARM,
+    LETTERS,
     Liar,
     Recorder,
     ScriptedHead,
@@ -27,6 +27,7 @@ from toys import (
     draft_chain,
     law_of_text,
     reference_text,
+    spelt,
     tiny_head,
     tiny_target,
 )
@@ -651,25 +652,17 @@ def test_the_printer_escapes_control_characters(capsys):
     assert capsys.readouterr().out == "a\\x1b[2J\n"
 
 
-def spelt(words) -> SimpleNamespace:
-    """An encoding whose token i is words[i]."""
-    return SimpleNamespace(decode_bytes=lambda tokens: b"".join(words[t] for t in tokens))
-
-
-LETTERS = spelt([bytes([ord("a") + i]) for i in range(10)])
-
-
 def verdicts(lines: list[str]) -> list[str]:
     return [re.search(r"(accept|REJECT|dropped)", line)[0] for line in lines]
 
 
 def test_the_trace_gives_each_verdict():
     _, cycles = scripted(wrong=[5])
-    assert trace_lines(0, cycles[0], LETTERS)[0].endswith("'e' from the target's p")
+    assert trace_lines(0, cycles[0], LETTERS)[0].endswith("'e' from the target's p  (p 1.000)")
     first, *drafted, last = trace_lines(1, cycles[1], LETTERS)
     assert first.startswith("cycle 1: drafted 4, accepted 2, wrote 3; draft ")
     assert verdicts(drafted) == ["accept", "accept", "REJECT", "dropped"]
-    assert last == "  + 'j' the target's own choice"
+    assert last == "  + 'j' the target's own choice  (p 1.000)"
     assert "nothing was drafted after" in trace_lines(2, cycles[2], LETTERS)[-1]
 
 
@@ -684,13 +677,13 @@ def test_the_trace_of_a_tree_shows_every_branch():
 def test_the_trace_shows_the_p_q_and_u_that_a_drawn_token_was_judged_by():
     draft = Draft(torch.tensor([0, 1, 2, 3]), chain_shape(3, torch.device("cpu")))
     seconds = dict.fromkeys(("draft", "verify", "other"), 0)
-    figures = [0.5, 0.1, 0.0], [0.9, 0.4, 1.0], [0.3, 0.6, 0.9]
-    cycle = Cycle([1, 0], draft, [0, 1], *figures, seconds)
+    figures = [0.5, 0.1, 0.0], [0.9, 0.4, 1.0], [0.3, 0.6, 0.9], (0.7, 0.2)
+    cycle = Cycle([1, 0], draft, [0, 1], *figures, False, seconds)
     _, *drafted, last = trace_lines(1, cycle, LETTERS)
     assert verdicts(drafted) == ["accept", "REJECT", "dropped"]
-    assert re.search(r"p 0\.500  q 0\.900  u 0\.300  accept: u < p / q", drafted[0])
-    assert re.search(r"p 0\.100  q 0\.400  u 0\.600  REJECT: u >= p / q", drafted[1])
-    assert "residual" in last
+    assert re.search(r"p 0\.500  q 0\.900  p/q 0\.556 u 0\.300  accept: u < p / q", drafted[0])
+    assert re.search(r"p 0\.100  q 0\.400  p/q 0\.25  u 0\.600  REJECT: u >= p / q", drafted[1])
+    assert last == "  + 'a' from the residual, where p exceeds q  (p 0.700  q 0.200)"
 
 
 def test_the_trace_of_a_cycle_that_a_stop_token_ends():

@@ -14,8 +14,8 @@ from toys import tiny_head, tiny_target
 import speculate
 from drafts import Draft, chain_shape, fixed_tree
 from plumbing.page import page, record
-from plumbing.show import compare, harmless, judge, quoted, trace_lines
-from speculate import Cycle, generate
+from plumbing.show import compare, harmless, judge, quoted, remark, trace_lines
+from speculate import Cycle, Generation, generate
 
 WORDS = [b"<b>", b'"', b"\xc3", b"\n", b"\t  ", b"\xa9", b"&amp;", b"word", b"</div></script>"]
 WORDS += [b"'>", b"  ", b"\x1b[2J", b"-->"]
@@ -95,7 +95,8 @@ def decoded(target, tokens=20, stop_token=NO_STOP, **request) -> dict:
     """The lanes of a run with a short prompt: plain decoding, and with a head."""
     head, steps, cycles = tiny_head("eagle", 1, target, steps=30), [], []
     request |= dict(prompt_tokens=[1, 2], max_new_tokens=tokens, seed=3, stop_token=stop_token)
-    plain = generate(target, on_cycle=record(steps), **request)
+    alone = {name: value for name, value in request.items() if name != "plan"}
+    plain = generate(target, on_cycle=record(steps), **alone)
     shown = generate(target, head=head, on_cycle=record(cycles), **request)
     return {"plain": (plain, steps), "speculative": (shown, cycles)}
 
@@ -186,6 +187,14 @@ def test_the_figures_are_those_that_are_printed(run):
     assert f" {fast} tokens/s decoding" in line and line.endswith(f"tau {tau}, speedup {speedup}")
 
 
+def test_a_text_that_ended_at_once_has_no_speed():
+    one, two = Generation([3]), Generation([3, 4], [1], prefill_seconds=1.0, draft_seconds=1.0)
+    for shown, baseline in ((one, one), (two, one), (one, two)):
+        assert "nothing to time" in compare("", shown, baseline)
+        assert remark(shown, baseline, 4) is None
+    assert "nothing" not in compare("", two, two)
+
+
 def test_the_lanes_show_each_phase_of_each_cycle_on_one_scale(run):
     lanes, html = run
     whole = max(result.seconds for result, _ in lanes.values())
@@ -266,7 +275,7 @@ def test_a_box_gives_the_verdict_and_the_figures_of_the_trace(run):
         lines = trace_lines(1, cycle, ENCODING)
         *boxes, own = card.all(".box")
         for box, line in zip(boxes, lines[1:-1], strict=True):
-            p, q, verdict = re.search(r"p (\S+)  q (\S+)  (?:u \S+  )?(.*)", line).groups()
+            p, q, verdict = re.search(r"p (\S+)  q (\S+)  (?:p/q \S+ +u \S+  )?(.*)", line).groups()
             _, drawing, figures = box.all(".bars")[0].elements
             assert "".join(c if isinstance(c, str) else " " for c in figures.children) == f"{p} {q}"
             bars = [rect.percent("width") / 100 for rect in drawing.all("rect")]
@@ -304,9 +313,9 @@ def test_named_tokens_have_no_tick(target, name):
 
 def test_what_a_stop_token_cuts_off_is_dropped_and_not_judged():
     draft = Draft(torch.tensor([0, 7, 10, 7]), chain_shape(3, torch.device("cpu")))
-    figures = [0.5, 0.9, 0.9], [0.5, 0.9, 0.9], [0.1, 0.1, 0.1]
+    figures = [0.5, 0.9, 0.9], [0.5, 0.9, 0.9], [0.1, 0.1, 0.1], (0.5, None)
     seconds = dict.fromkeys(("draft", "verify", "other"), 0.0)
-    cycle = Cycle([7, 10], draft, [0, 1, 2, 3], *figures, seconds)
+    cycle = Cycle([7, 10], draft, [0, 1, 2, 3], *figures, False, seconds)
     verdicts, why = judge(cycle, ENCODING)
     assert [kind for kind, _ in verdicts] == ["accepted", "accepted", "dropped"]
     assert why == "ends the text"

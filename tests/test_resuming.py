@@ -20,7 +20,7 @@ import torch
 
 import bench
 import train
-from drafts import measure_acceptance
+from costs import measure_acceptance
 from plumbing.cli import UserError
 from plumbing.curves import heads_table
 from plumbing.files import load_checkpoint, stored

@@ -16,6 +16,7 @@ import torch
 from torch.nn import functional as F
 from toys import OWN_STEPS, game_setting, gradients, in_training, logits_of, whole_vocabulary
 
+from costs import DRAFT_POSITIONS, measure_acceptance
 from discriminator import (
     Discriminator,
     adversarial_loss,
@@ -25,7 +26,6 @@ from discriminator import (
     jensen_shannon,
 )
 from draft_head import Guess, HeadConfig, build_head
-from drafts import DRAFT_POSITIONS, measure_acceptance
 from model import GPT, GPTConfig
 from plumbing.cli import UserError
 from plumbing.machine import Autocast

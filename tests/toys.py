@@ -12,6 +12,7 @@ import torch.nn.functional as F
 
 from discriminator import Discriminator
 from draft_head import Batch, HeadConfig, build_head
+from drafts import Known
 from model import GPT, GPTConfig
 from plumbing.machine import Autocast
 from sampling import Vocabulary, acceptance_probability, distribution, residual
@@ -145,6 +146,13 @@ def tiny_head(kind: str, layers: int, target: GPT, steps=0, num_heads=8, knows: 
             optimizer.step()
     head.trained = steps > 0
     return head.eval().requires_grad_(False)
+
+
+def known_text(head, tokens: torch.Tensor, hidden: torch.Tensor, room: int = 100) -> Known:
+    """A text (1, T + 1) with the target's states on its first T tokens, for a plan to go on with."""
+    known = Known(tokens[0, :1].tolist(), head, room)
+    known.add(tokens[0, 1:].tolist(), tokens[0, 1:], hidden)
+    return known
 
 
 def draft_chain(head, state, n: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -295,6 +303,14 @@ class Recorder(Wrapped):
 
 
 BYTES = SimpleNamespace(decode_bytes=lambda tokens: bytes(tokens))  # an encoding: a token, a byte
+
+
+def spelt(words) -> SimpleNamespace:
+    """An encoding whose token i is words[i]."""
+    return SimpleNamespace(decode_bytes=lambda tokens: b"".join(words[t] for t in tokens))
+
+
+LETTERS = spelt([bytes([ord("a") + i]) for i in range(10)])
 
 
 # ------------------------------------------------------------------------------ a chat vocabulary
