@@ -19,11 +19,12 @@ from plumbing.machine import choose_device, compile_layers
 from targets.bpe import build_encoding
 from targets.chat import Chat
 from targets.pretrained import find_source, import_target
-from targets.runs import head_path, load_head, load_target, trained_heads
+from targets.runs import fingerprint, head_path, load_head, load_target, trained_heads
 
 TRAINED = Path(__file__).parent.parent / "trained"
 NOT_MEANT = "smoke"  # a run of nonsense: it has to be asked for
 FAVOURITE = "eagle-koala"
+SIZES = "sizes.json"  # in a run's folder: what each size of draft brings
 WHICH_RUN = "the run's folder; default: your newest under out/, or trained/cpu"  # of --out_dir
 
 # -------------------------------------------------------------------------------- which run
@@ -113,6 +114,22 @@ def choose_dtype(name: str, target, device: torch.device) -> tuple[torch.dtype, 
     return (torch.bfloat16 if bfloat16 < 0.9 * float32 else torch.float32), why
 
 
+def add_sizes(folder: Path, heads: dict) -> None:
+    """Give heads {name: head} of a run what study/sizes.py found of them, as `head.sizes`.
+
+    Nothing where nobody has measured these very weights.
+    """
+    for path in {results_folder(folder) / SIZES: None, folder / SIZES: None}:
+        try:
+            found = json.loads(path.read_text("utf-8"))
+            for name, head in heads.items():
+                if found[name]["weights"] == fingerprint(head):
+                    head.sizes = {kind: found[name][kind] for kind in ("greedy", "sampled")}
+            return
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+
+
 def load(out_dir=None, head="auto", device="auto", dtype="auto", compile=False):
     """(target, head, encoding) of a trained run, ready for `generate`.
 
@@ -131,6 +148,7 @@ def load(out_dir=None, head="auto", device="auto", dtype="auto", compile=False):
     if head is not None:
         path = head_path(folder, favourite(folder) if head == "auto" else head)
         head = load_head(path, target, checkpoint["fingerprint"])
+        add_sizes(folder, {path.stem: head})
     encoding = build_encoding(checkpoint["tokenizer"])
     target.chat = Chat.of(encoding, checkpoint["tokenizer"])
     target.about = {key: value for key, value in checkpoint.items() if key != "weights"}

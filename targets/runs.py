@@ -50,12 +50,12 @@ def settings_of(path: Path, checkpoint: dict) -> dict:
 # ------------------------------------------------------------------------------ the target
 
 
-def fingerprint(target: GPT) -> str:
-    """A short hash of a target's shape and weights: a draft head knows its target by it."""
+def fingerprint(model: nn.Module) -> str:
+    """A short hash of a target's or a head's shape and weights: a head knows its target by it."""
     # Empty fields do not count, so a new field does not disown old heads.
-    shape = {name: value for name, value in asdict(target.config).items() if value != ()}
+    shape = {name: value for name, value in asdict(model.config).items() if value != ()}
     digest = hashlib.sha256(repr(shape).encode())
-    for name, tensor in sorted(target.state_dict().items()):
+    for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().float().contiguous().numpy())
     return digest.hexdigest()[:16]

@@ -1,0 +1,123 @@
+"""The cycles that a plan would go through on the way to a given text: tau without decoding.
+
+A text that the target wrote alone holds all that its drafts would be judged by. So no pass of the
+target is needed but one that reads the text. Greedily a token is accepted where it is the text's:
+the cycles are the decoder's own. In a sampled text the token x after each place came from p. It
+comes from an accepted draft with chance min(p, q)(x), so that a drawn token is accepted with chance
+min(1, q(x) / p(x)) on the way to this text; else it ends its cycle. Then
+
+    tau = tokens / cycles        expected values, summed over all ways to cut the text in cycles
+
+(A product of alpha from every place, as if each were the beginning of a cycle, is biased by up to
+4 %.) Heads are compared without timing, and on the same texts.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from drafts import Chain, Known, deepest, root_only
+from sampling import Sampler
+
+
+class Follower(Sampler):
+    """A sampler by which a drawn chain follows a text that is there already."""
+
+    def follow(self, tokens: Tensor, vocabulary) -> None:
+        """tokens (n,): the next ones; after them it draws as it likes."""
+        self.indices = list(vocabulary.indices_of(tokens).split(1))
+
+    def draw(self, logits: Tensor) -> tuple[Tensor, Tensor | None]:
+        index, q = super().draw(logits)
+        return (self.indices.pop(0) if q is not None and self.indices else index), q
+
+
+class PlainText(NamedTuple):
+    """A text that the target wrote alone, and all of the target that a replay needs."""
+
+    tokens: list[int]  # T + 1, the prompt first
+    start: int  # the place of the first new token, which prefill wrote
+    limit: int  # the new tokens that there was room for; it may have stopped before
+    hidden: Tensor  # (1, T, D): the states after all tokens but the last
+    p: Tensor  # (T,): the target's probability of each of tokens[1:]
+
+    @classmethod
+    @torch.inference_mode()
+    def read(cls, target, prompt: list[int], new: list[int], limit: int, sampler: Sampler):
+        """Of the `new` tokens after a prompt, in one pass of the target."""
+        tokens = torch.tensor([*prompt, *new], device=target.embed.weight.device)
+        hidden, p = target(tokens[None, :-1]), []
+        for states, following in zip(hidden[0].split(64), tokens[1:, None].split(64)):
+            rows = sampler.distribution(target.lm_head(states))
+            p.append(rows.gather(-1, following)[:, 0])
+        return cls(tokens.tolist(), len(prompt), limit, hidden, torch.cat(p))
+
+
+class Replayed(NamedTuple):
+    """A plan's cycles along a text: tau = written / cycles."""
+
+    starts: list[float]  # (T,): the chance that a cycle begins with each token as its root
+    written: float  # tokens of uncut cycles, as in `Generation.acceptance_length`
+    cycles: float
+
+
+def accepted_chances(plan, known: Known, following: Tensor, p: Tensor, depth: int, sampler) -> list:
+    """Of each next token of a text, following (n,): its chance to be accepted after those before.
+
+    p (n,): the target's. Only tokens that are drafted have one.
+    """
+    following, p = following[:depth], p[:depth]
+    if known.head is not None:
+        sampler.follow(following, known.head.vocabulary)
+    draft = plan.draft(known, depth, sampler) if depth > 0 else root_only(known.root)
+    if draft.q is not None:
+        q_x = draft.q.gather(-1, following[: len(draft.q), None])[:, 0]
+        return (q_x / p[: len(q_x)]).clamp(max=1.0).tolist()
+    beyond = following.new_full((depth,), -1)
+    agrees = draft.tokens == torch.cat([known.root, following, beyond])[draft.shape.depth]
+    accepted = draft.shape.depth[deepest(agrees, draft.shape)].item()
+    rejected = accepted < min(draft.shape.depth.max().item(), len(following))
+    return [1.0] * accepted + [0.0] * rejected
+
+
+@torch.inference_mode()
+def replay(head, plans: dict, text: PlainText, sampler: Follower) -> dict[str, Replayed]:
+    """The cycles of each plan along a text: {name: Replayed}."""
+    tokens = torch.tensor(text.tokens, device=text.hidden.device)
+    end, last = len(tokens) - 1, text.start + text.limit - 1  # last: the limit's
+    room = last + 2 + max(plan.slots for plan in plans.values())
+    known, read = Known(text.tokens[:1], head, room), 0
+    starts = {name: [0.0] * (end + 1) for name in plans}
+    written, cycles = dict.fromkeys(plans, 0.0), dict.fromkeys(plans, 0.0)
+    longest = Chain(max((p.depth for p in plans.values() if isinstance(p, Chain)), default=0))
+    for name in plans:
+        starts[name][text.start] = 1.0
+    for place in range(text.start, end):
+        new = slice(read + 1, place + 1)
+        known.add(text.tokens[new], tokens[new], text.hidden[:, read:place])
+        read, begun = place, None
+        for name, plan in plans.items():
+            if (reach := starts[name][place]) == 0:
+                continue
+            depth, ahead = min(plan.depth, last - place - 1), (tokens[place + 1 :], text.p[place:])
+            if isinstance(plan, Chain):  # each is the beginning of the longest
+                most = min(longest.depth, last - place - 1)
+                begun = (
+                    accepted_chances(longest, known, *ahead, most, sampler)
+                    if begun is None
+                    else begun
+                )
+                found = begun[:depth]
+            else:
+                found = accepted_chances(plan, known, *ahead, depth, sampler)
+            for accepted, chance in enumerate([*found, 0.0]):
+                if place + accepted == end:
+                    break  # the token that ends the text was accepted: the cycle is cut
+                ends = reach * (1 - chance)
+                starts[name][place + accepted + 1] += ends
+                if depth == plan.depth:
+                    written[name] += ends * (accepted + 1)
+                    cycles[name] += ends
+                reach *= chance
+    return {name: Replayed(starts[name][:end], written[name], cycles[name]) for name in plans}
