@@ -6,11 +6,13 @@ cut short is left out. Its interval comes from resampling the prompts (bootstrap
 of one conversation together.
 
 **Speedup** is tokens/s of speculative over tokens/s of plain decoding of the same prompts, batch 1,
-prefill excluded, the two interleaved prompt by prompt so that a slow minute hits both: the median
-over runs, with the lowest and highest.
+prefill excluded. All methods decode a prompt in turn, so that a slow minute hits all of them, each
+time in another order: the median over runs, with its interval over prompts and the range of runs.
+Copies alone (`drafts.Lookup`), which need no training, are measured beside any head.
 
-**The cost model**, tau / (c_verify + c_draft), says what speedup tau should give. Its costs are
-measured beforehand, in isolated passes at the run's middle context length: see costs.py.
+**The cost model** says what speedup the cycles should give, each at the cost of its kind: nothing
+drafted, copied, drafted by the head. The costs are measured beforehand, in isolated passes at the
+run's middle context length: see costs.py.
 
 **Honesty.** The baseline is compared with a bare loop. Greedy outputs are compared token by token,
 and any difference has to be a near-tie of the target's logits, else this script exits with 1. A
@@ -20,6 +22,7 @@ Headline numbers are theirs; the number of looped ones is counted, and some are 
 is the last file of the reading order; study/ holds the statistics, prompts and tables.
 """
 
+import random
 import statistics
 import sys
 from contextlib import nullcontext
@@ -29,8 +32,8 @@ from typing import NamedTuple
 
 import torch
 
-from costs import best_size, isolated_costs
-from drafts import measure_acceptance, plan_draft
+from costs import best_size, isolated_costs, measure_acceptance
+from drafts import COPIED, GAMMA, MATCH, plan_draft
 from plumbing.cli import UserError, fail, number_or_auto, option, parse, run
 from plumbing.files import write_json
 from plumbing.machine import describe_device, origin, synchronized_time
@@ -39,9 +42,9 @@ from sampling import Sampler, argmax
 from speculate import DecodeConfig, generate
 from study.prompts import check_prompts, choose_prompts, held_out_text, load_prompts, request_of
 from study.report import bench_tables, plot_bench
-from study.statistics import evaluate
+from study.statistics import COPYING, evaluate
 from targets.features import Features, evenly
-from targets.loading import find_run, load, name_of, results_folder
+from targets.loading import add_sizes, find_run, load, name_of, results_folder
 from targets.outputs import NEAR_TIE, first_difference, is_loop
 from targets.runs import head_path, load_head, trained_heads
 
@@ -50,7 +53,11 @@ WARM_UP = 2  # prompts decoded before anything is timed
 
 @dataclass(frozen=True)
 class BenchConfig(DecodeConfig):
-    heads: list[str] | None = option(None, "heads to measure; default: the run's own", nargs="+")
+    heads: list[str] | None = option(
+        None,
+        "heads to measure; default: the run's own. Copies alone are measured beside them",
+        nargs="+",
+    )
     nodes: tuple[int | str, ...] = option(
         (0,), "sizes of tree to compare; 0: a chain; auto", nargs="+", type=number_or_auto
     )
@@ -74,11 +81,12 @@ class BenchConfig(DecodeConfig):
 class Method(NamedTuple):
     """One way to decode: a head and the size of its drafts."""
 
-    head: str
-    gamma: int  # tokens in a chain, or depth of the tree
+    head: str  # or lookup: copies alone
+    gamma: int  # tokens in a chain or a copy alone, or depth of the tree
     nodes: int  # 0: a chain
     setting: str  # methods of one setting are compared: KOALA's head with the original's
     chosen: str | None = None  # the measurement's figures, where it chose
+    lookup: int = 0  # tokens that have to match for a copy; 0: none is made
 
 
 def choose_methods(config: BenchConfig, target, heads: dict) -> tuple[dict, dict]:
@@ -87,18 +95,27 @@ def choose_methods(config: BenchConfig, target, heads: dict) -> tuple[dict, dict
     Returns ({name: Method as a dictionary}, {name: (head, plan)}). Raises UserError for a size that
     a head cannot draft.
     """
-    methods, ready = {}, {}
+    gamma, methods = GAMMA if config.gamma is None else config.gamma, {}
     for nodes in config.nodes:
         setting = {0: "chain", "auto": "auto"}.get(nodes, f"tree {nodes}")
         for name, head in heads.items():
-            method = Method(name, config.gamma, nodes, setting)
-            if "auto" in (config.gamma, nodes):
-                size = best_size(target, head, config.gamma, nodes, config.temperature)
+            method = Method(name, gamma, nodes, setting)
+            if "auto" in (gamma, nodes):
+                size = best_size(target, head, gamma, nodes, config.temperature)
                 print(f"{name}, by measurement: {size}")
                 method = Method(name, size.gamma, size.nodes, setting, str(size))
-            full_name = name if nodes == 0 else f"{name} {setting}"
-            methods[full_name] = method
-            ready[full_name] = head, plan_draft(head, method.gamma, method.nodes, target)
+            methods[name if nodes == 0 else f"{name} {setting}"] = method
+    if config.lookup:
+        methods |= {
+            name + COPYING: m._replace(setting=m.setting + COPYING, lookup=config.lookup)
+            for name, m in methods.items()
+        }
+    length = max(1, min(COPIED, config.max_new_tokens - 2))
+    methods["lookup"] = Method("lookup", length, 0, "copies", lookup=config.lookup or MATCH)
+    ready = {}
+    for name, m in methods.items():
+        head = heads.get(m.head)
+        ready[name] = head, plan_draft(head, m.gamma, m.nodes, target, m.lookup)
     return {name: method._asdict() for name, method in methods.items()}, ready
 
 
@@ -130,16 +147,19 @@ def measure(config: BenchConfig, target, ready: dict, prompts: list) -> tuple[li
     methods = {"autoregressive": (None, None)} | ready
     samples = [
         {"task": task, "conversation": number, "prompt": prompt, "methods": {}}
-        for task, prompt, number in prompts
+        for task, prompt, number, _ in prompts
     ]
     seconds = {name: [] for name in methods}
     for number in range(config.runs):
         for rows in seconds.values():
             rows.append([])
         warm_up = prompts[:WARM_UP] if number == 0 else []
-        for index, (_, prompt, _) in enumerate(warm_up + prompts, start=-len(warm_up)):
+        for index, (_, prompt, *_) in enumerate(warm_up + prompts, start=-len(warm_up)):
             seed = config.seed + max(index, 0)
-            for name, (head, plan) in methods.items():
+            # Each time in another order: whatever one leaves behind hits all.
+            order = random.Random(f"{number} {index}").sample([*methods], len(methods))
+            for name in order:
+                head, plan = methods[name]
                 out = generate(target, prompt, head=head, plan=plan, seed=seed, **request)
                 if index < 0:
                     continue
@@ -149,12 +169,13 @@ def measure(config: BenchConfig, target, ready: dict, prompts: list) -> tuple[li
                         "tokens": out.tokens,
                         "produced": out.produced,
                         "uncut_cycles": out.uncut_cycles,
+                        "drafts": out.drafts,
                         "phases": [out.draft_seconds, out.verify_seconds, out.other_seconds],
                     }
             if index >= 0 and (index + 1) % 10 == 0:
                 done = f"run {number + 1}/{config.runs}: {index + 1}/{len(prompts)} prompts"
                 print(done, flush=True)
-    for row, (_, prompt, _) in zip(samples, prompts):
+    for row, (_, prompt, *_) in zip(samples, prompts):
         plain = row["methods"]["autoregressive"]["tokens"]
         row["loop"] = is_loop(plain)
         for name in ready if config.temperature == 0 else ():
@@ -172,6 +193,7 @@ def main() -> None:
         raise UserError(f"there is no trained head in {folder}: train one with python train.py")
     target, _, encoding = load(folder, None, config.device, config.dtype, config.compile)
     heads = {n: load_head(head_path(folder, n), target, target.about["fingerprint"]) for n in names}
+    add_sizes(folder, heads)
     weight = target.embed.weight
     print(f"run {name_of(folder)}, {describe_device(weight.device)}, heads {', '.join(heads)}")
     print(f"{weight.dtype}: {target.why_dtype}")
@@ -206,12 +228,13 @@ def main() -> None:
         "baseline_share": share,
         "candidates": counts,
         "methods": methods,
-        "figures": evaluate(methods, config.seed, samples, seconds, costs),
         "seconds": seconds,
         "samples": samples,
     }
     out = results_folder(folder) / "bench"
     out.mkdir(parents=True, exist_ok=True)
+    write_json(out / f"{config.name}.json", result)  # whatever becomes of its figures
+    result["figures"] = evaluate(methods, config.seed, samples, seconds, costs)
     write_json(out / f"{config.name}.json", result)
     (out / f"{config.name}.md").write_text(bench_tables(result) + "\n")
     plot_bench(result, out / f"{config.name}.png")

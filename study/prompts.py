@@ -52,11 +52,12 @@ class Question:
 
 
 class Prompt(NamedTuple):
-    """Tokens to go on from, and the number of the candidate that they come from."""
+    """Tokens to go on from, the number of the candidate they come from, and the target's text."""
 
     task: str
     tokens: list[int]
     conversation: int
+    plain: list[int]
 
 
 class Passage(NamedTuple):
@@ -246,7 +247,7 @@ def choose_prompts(config, target, candidates: list) -> tuple[list, dict]:
         tokens = generate(target, prompt, seed=config.seed, **request_of(config, target)).tokens
         # Two tokens are one cycle at least; a shorter text says nothing about decoding.
         if len(tokens) > 2:
-            (loops if is_loop(tokens) else free).append(Prompt(task, prompt, number))
+            (loops if is_loop(tokens) else free).append(Prompt(task, prompt, number, tokens))
         return tokens
 
     for number, candidate in enumerate(candidates):

@@ -20,7 +20,7 @@ from targets.loading import TRAINED
 # Each target's measurements of a second layer: eagle-koala against eagle in a benchmark, and
 # eagle-k2 against eagle-original in ablations.
 GAINS = {"small GPT, 16 layers": ("cpu-greedy", ["ablation-pairs", "ablation-long"])}
-GAINS |= {"SmolLM2, 30 layers": ("smollm2-greedy", [])}
+GAINS |= {"SmolLM2, 30 layers": ("smollm2-four", [])}
 # The benchmarks of README's table.
 SUMMARY = {"cpu-greedy": "small GPT, greedy", "cpu-sampled": "small GPT, temperature 1"}
 SUMMARY |= {"smollm2-greedy": "SmolLM2-135M, greedy"}
@@ -51,9 +51,13 @@ def with_interval(value: float, interval: list[float], digits: int = 2) -> str:
 
 
 def draft_name(method: dict) -> str:
-    gamma, nodes = method["gamma"], method["nodes"]
+    gamma, nodes, match = method["gamma"], method["nodes"], method.get("lookup", 0)
+    copies = f"copies where {match} match" if match else ""
+    if method["head"] == "lookup":
+        return f"{copies}, of {gamma}"
     size = f"tree of {nodes}, {gamma} deep" if nodes else f"chain of {gamma}"
-    return size + (" (chosen)" if method["chosen"] else "")
+    size += " (chosen)" if method["chosen"] else ""
+    return f"{copies}, else {size}" if match else size
 
 
 def ablation_table(result: dict) -> str:
@@ -103,21 +107,23 @@ def bench_tables(result: dict, fold: bool = False) -> str:
     for name, f in figures["heads"].items():
         method, tau = result["methods"][name], with_interval(f["tau"], f["tau_interval"])
         loops = f"{f['tau_on_loops']:.2f}" if f["tau_on_loops"] else "none"
-        speedup = f"{f['speedup']:.2f}x{range_of(*f['speedup_range'], 2)}"
+        speedup = with_interval(f["speedup"], f["speedup_interval"])
+        speedup += range_of(*f["speedup_range"], 2)
         row = [method["head"], draft_name(method), tau, loops, speedup]
         row += [f"{f['predicted_speedup']:.2f}x", f"{f['c_verify']:.2f} + {f['c_draft']:.2f}"]
         row += [f"{f['elsewhere']:.1%}"]
         rows.append(row + ([f"{f['identical']:.0%}"] if greedy else []))
-    header = "head | draft | tau [95 %] | tau on loops | speedup (low to high) | predicted"
+    header = "head | draft | tau [95 %] | tau on loops | speedup [95 %] (runs) | predicted"
     header += " | c_verify + c_draft | elsewhere" + (" | identical" if greedy else "")
     parts, rows = [conditions(result), table(header, rows)], []
     for name, others in figures["comparisons"].items():
         for f in others:
             ratio = with_interval(f["tau_ratio"], f["tau_ratio_interval"], 3)
-            speed = f"{f['net_speed']:.3f}{range_of(*f['net_speed_range'], 3)}"
+            speed = with_interval(f["net_speed"], f["net_speed_interval"], 3)
+            speed += range_of(*f["net_speed_range"], 3)
             rows.append([name, f["with"], ratio, speed, f"{f['predicted']:.3f}"])
     if rows:
-        header = "this | against | tau ratio [95 %] | net speed (low to high) | predicted"
+        header = "this | against | tau ratio [95 %] | net speed [95 %] (runs) | predicted"
         parts.append(table(header, rows))
     title = "By task (loop-free prompts): tau, speedup measured (and predicted)"
     parts += [f"<details><summary>{title}</summary>" if fold else title, task_table(result)]
@@ -130,11 +136,12 @@ def task_table(result: dict) -> str:
     tasks = next(iter(heads.values()))["tau_by_task"]
     counts = Counter(sample["task"] for sample in result["samples"] if not sample["loop"])
     for name, f in heads.items():
-        method, cost = result["methods"][name], f["c_verify"] + f["c_draft"]
+        method = result["methods"][name]
         row = [method["head"], draft_name(method)]
         for task in tasks:
             tau, speedup = f["tau_by_task"].get(task), f["speedup_by_task"].get(task)
-            row.append(f"{tau:.2f}, {speedup:.2f}x ({tau / cost:.2f}x)" if tau else "")
+            expected = f["predicted_by_task"].get(task)
+            row.append(f"{tau:.2f}, {speedup:.2f}x ({expected:.2f}x)" if tau else "")
         rows.append(row)
     return table(" | ".join(["head", "draft", *(f"{t} ({counts[t]})" for t in tasks)]), rows)
 
@@ -145,13 +152,14 @@ def read_result(name: str) -> dict:
 
 
 def summary_table() -> str:
-    """README's table: each target's heads as chains of 4, and the fastest draft measured."""
+    """README's table: chains of 4, copies alone, and the fastest draft measured."""
     rows = []
     for name, label in SUMMARY.items():
         result = read_result(name)
         heads, methods = result["figures"]["heads"], result["methods"]
         fastest = max(heads, key=lambda method: heads[method]["speedup"])
-        for method in dict.fromkeys(["eagle", "eagle-koala", fastest]):
+        usual = [name for name in ("eagle", "eagle-koala", "lookup") if name in heads]
+        for method in dict.fromkeys([*usual, fastest]):
             f, draft = heads[method], draft_name(methods[method]).removesuffix(" (chosen)")
             tau = with_interval(f["tau"], f["tau_interval"])
             row = [label, methods[method]["head"], draft, tau, f"{f['speedup']:.2f}x"]
@@ -243,7 +251,7 @@ def plot_bench(result: dict, path: Path) -> None:
         left.plot(f["speedup_range"], [place, place], "k|-", markersize=9)
         right.plot(range(1, len(chances) + 1), chances, line, color=color)
     places, predicted = range(len(heads)), [f["predicted_speedup"] for f in heads.values()]
-    left.plot(predicted, places, "kD", markersize=5, label="predicted: tau / (c_verify + c_draft)")
+    left.plot(predicted, places, "kD", markersize=5, label="predicted from the cost of each cycle")
     left.plot([], [], "k|-", markersize=9, label="range of runs")
     left.barh(0, 0, color="gray", hatch="///", label="another size of draft (right: dashed)")
     left.axvline(1.0, color="black", linestyle="--", label="plain decoding")
@@ -307,7 +315,7 @@ def main() -> None:
     for document in DOCUMENTS:
         document.write_text(with_tables(document.read_text("utf-8")), "utf-8")
     plot_gain(RESULTS / "koala-gain.png")
-    for name in ("cpu-greedy", "smollm2-greedy"):
+    for name in ("cpu-greedy", "smollm2-greedy", "smollm2-four"):
         plot_bench(read_result(name), RESULTS / f"{name}.png")
 
 

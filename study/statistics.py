@@ -11,6 +11,7 @@ holds the earlier ones and their answers.
 import numpy as np
 
 DRAWS = 2000  # of the bootstrap
+COPYING = " + lookup"  # in the name and the setting of a head's drafts beside copies
 
 
 def percentiles(values: np.ndarray) -> list[float]:
@@ -42,19 +43,59 @@ def tau(rows: list[dict], weights: np.ndarray) -> np.ndarray:
     return weights @ tokens / np.maximum(1, weights @ passes)
 
 
-def over_runs(name: str, ratios: np.ndarray) -> dict:
-    """The median of a ratio of speeds, and its lowest and highest value."""
-    spread = [float(ratios.min()), float(ratios.max())]
-    return {name: float(np.median(ratios)), f"{name}_range": spread}
+def over_runs(name: str, ratios: np.ndarray, redrawn: np.ndarray) -> dict:
+    """The median over runs of a ratio of speeds, (runs,), its lowest and its highest value.
+
+    `redrawn` (DRAWS, runs): the ratios of other prompts, for the median's interval.
+    """
+    return {
+        name: float(np.median(ratios)),
+        f"{name}_range": [float(ratios.min()), float(ratios.max())],
+        f"{name}_interval": percentiles(np.median(redrawn, 1)),
+    }
 
 
 def acceptance(rows: list[dict], depth: int) -> dict:
-    """How many tokens of a draft were accepted, and the chance of each, given those before it."""
-    accepted = [tokens - 1 for row in rows for tokens in uncut_cycles(row)]
+    """How many tokens of a draft were accepted, and the chance of each, given those before it.
+
+    Cycles in which there was nothing to copy do not count.
+    """
+    accepted = []
+    for row in rows:
+        cycles = uncut_cycles(row)
+        drafts = row.get("drafts") or [["drafted", depth]] * len(cycles)
+        accepted += [tokens - 1 for tokens, (_, nodes) in zip(cycles, drafts) if nodes]
+    depth = max([depth, *accepted])
     histogram = [accepted.count(i) for i in range(depth + 1)]
     reached = [sum(a >= i for a in accepted) for i in range(depth + 1)]
     chances = [b / a for a, b in zip(reached, reached[1:]) if a]
     return {"accepted_histogram": histogram, "conditional_acceptance": chances}
+
+
+def reckoned(row: dict, prompt: int, whole: int, own: dict, costs: dict) -> tuple[float, float]:
+    """Seconds of a text's drafts and of its verifications by the isolated costs of each cycle.
+
+    A cycle's kind is the source and the size of its draft: nothing, copied, or drafted by the head,
+    which then also reads all that it has missed. `prompt`: tokens before the text; `whole`:
+    those of a whole draft by the head, whose costs are `own`. (Results from
+    before commit 073a1fc do not tell: each of their cycles counts as a whole draft by the head.)
+    """
+    if "drafts" not in row:
+        cycles = len(row["produced"])
+        return cycles * own["draft"], cycles * own["verify"]
+    tokens, passes = zip(*costs["passes"])
+    drafting, verifying, unread = 0.0, 0.0, prompt
+    for (source, nodes), written in zip(row["drafts"], row["produced"]):
+        if source == "drafted" and nodes == whole:
+            verifying += own["verify"]
+        else:
+            verifying += float(np.interp(nodes + 1, tokens, passes))
+        if source == "drafted" and nodes:
+            drafting += own["draft"] * min(1.0, nodes / whole)
+            drafting += max(0.0, own["absorb"]) * max(0, unread - costs["backlog"])
+            unread = 0
+        unread += written
+    return drafting, verifying
 
 
 def differences(rows: list[dict]) -> dict:
@@ -69,14 +110,18 @@ def differences(rows: list[dict]) -> dict:
 def references(methods: dict) -> dict[str, list[str]]:
     """The methods that each is compared with.
 
-    A head is compared with the original one of its kind in the same setting, and any other draft
-    with the chain of its own head.
+    A head is compared with the original one of its kind in the same setting, any other draft with
+    the chain of its own head, and one beside copies with either alone.
     """
     known = {(m["head"], m["setting"]): name for name, m in methods.items()}
     found = {}
     for name, method in methods.items():
-        keys = (method["head"].split("-")[0], method["setting"]), (method["head"], "chain")
-        found[name] = [known[key] for key in keys if known.get(key, name) != name]
+        head, setting = method["head"], method["setting"]
+        keys = [(head.split("-")[0], setting), (head, "chain")]
+        if setting.endswith(COPYING):
+            keys += [(head, setting.removesuffix(COPYING)), ("lookup", "copies")]
+        others = [known[key] for key in keys if known.get(key, name) != name]
+        found[name] = list(dict.fromkeys(others))
     return {name: others for name, others in found.items() if others}
 
 
@@ -90,30 +135,48 @@ def evaluate(methods: dict, seed: int, samples: list, seconds: dict, costs: dict
     times = draw(samples, use, seed)
     resampled = {name: tau(rows[name], times) for name in methods}
 
-    def speed(name: str, where: np.ndarray = use) -> np.ndarray:
-        """Tokens/s of each run, over some samples. The prefill gave the first token."""
-        tokens = np.array([len(row["tokens"]) - 1 for row in rows[name]])
-        return np.array([tokens[where].sum() / np.array(run)[where].sum() for run in seconds[name]])
+    def speed(name: str, times: np.ndarray = use) -> np.ndarray:
+        """Tokens/s (.., runs), each sample counted so many times (.., samples).
 
-    def speedup(name: str, where: np.ndarray = use) -> np.ndarray:
-        return speed(name, where) / speed("autoregressive", where)
+        The prefill gave the first token.
+        """
+        tokens = np.array([len(row["tokens"]) - 1 for row in rows[name]])
+        return (times @ tokens)[..., None] / (times @ np.array(seconds[name]).T)
+
+    plain, plain_redrawn = speed("autoregressive"), speed("autoregressive", times)
+    redrawn = {name: speed(name, times) for name in methods}
 
     def head_figures(name: str, ours: list[dict]) -> dict:
         by_task = {task: float(tau(ours, where)) for task, where in tasks.items()}
         by_task = {task: value for task, value in by_task.items() if value}
-        verify, draft = (costs[name][phase] / costs["step"] for phase in ("verify", "draft"))
+        drafts = [draft for row in ours for draft in row.get("drafts", ())]
+        whole = max((nodes for source, nodes in drafts if source == "drafted"), default=0)
+        prompts = [len(sample["prompt"]) for sample in samples]
+        reckoning = [reckoned(r, p, whole, costs[name], costs) for r, p in zip(ours, prompts)]
+        reckoning = np.array(reckoning)  # (samples, 2)
+        cycles = np.array([len(row["produced"]) for row in ours])
+        tokens = np.array([len(row["tokens"]) - 1 for row in ours])
+        draft, verify = reckoning[use].sum(0) / cycles[use].sum() / costs["step"]
+
+        def predicted(where: np.ndarray) -> float:
+            return float(tokens[where].sum() * costs["step"] / reckoning[where].sum())
+
+        def measured(where: np.ndarray) -> float:
+            return float(np.median(speed(name, where) / speed("autoregressive", where)))
+
         phases = np.array([row["phases"] for row in ours])[use].sum(0)
         return {
             "tau": float(tau(ours, use)),
             "tau_interval": percentiles(resampled[name]),
             "tau_on_loops": float(tau(ours, ~free)),
             "tau_by_task": by_task,
-            "speedup_by_task": {t: float(np.median(speedup(name, tasks[t]))) for t in by_task},
+            "speedup_by_task": {task: measured(tasks[task]) for task in by_task},
+            "predicted_by_task": {task: predicted(tasks[task]) for task in by_task},
             **acceptance([row for row, used in zip(ours, use) if used], methods[name]["gamma"]),
-            **over_runs("speedup", speedup(name)),
-            "c_verify": verify,
-            "c_draft": draft,
-            "predicted_speedup": float(tau(ours, use)) / (verify + draft),
+            **over_runs("speedup", speed(name) / plain, redrawn[name] / plain_redrawn),
+            "c_verify": float(verify),
+            "c_draft": float(draft),
+            "predicted_speedup": predicted(use),
             "elsewhere": float(phases[2] / phases.sum()),  # neither drafting nor verifying
             **differences(ours),
         }
@@ -126,7 +189,7 @@ def evaluate(methods: dict, seed: int, samples: list, seconds: dict, costs: dict
             "with": other,
             "tau_ratio": ours["tau"] / theirs["tau"],
             "tau_ratio_interval": percentiles(resampled[name] / resampled[other]),
-            **over_runs("net_speed", speed(name) / speed(other)),
+            **over_runs("net_speed", speed(name) / speed(other), redrawn[name] / redrawn[other]),
             "predicted": ours["predicted_speedup"] / theirs["predicted_speedup"],
         }
 
@@ -134,7 +197,7 @@ def evaluate(methods: dict, seed: int, samples: list, seconds: dict, costs: dict
     return {
         "heads": heads,
         "comparisons": {name: [compared(name, o) for o in others] for name, others in pairs},
-        "autoregressive_tokens_per_second": float(np.median(speed("autoregressive"))),
+        "autoregressive_tokens_per_second": float(np.median(plain)),
         "prompts": len(samples),
         "headline": "loop-free" if free.any() else "all loops",
         "loop_free": int(free.sum()),

@@ -35,19 +35,21 @@ def test_every_dtype_ends_in_a_result_with_all_its_samples(measured, folder, dty
     written = folder / "bench"
     result = json.loads((written / f"{dtype}.json").read_text())
     assert (written / f"{dtype}.png").stat().st_size > 10_000
-    assert set(result["figures"]["heads"]) == {"medusa", "medusa-koala", "eagle", "eagle-koala"}
+    names = {"medusa", "medusa-koala", "eagle", "eagle-koala", "lookup"}
+    assert set(result["figures"]["heads"]) == names
     assert len(result["samples"]) == 3
     for sample in result["samples"]:
-        assert sample["prompt"] and len(sample["methods"]) == 5
+        assert sample["prompt"] and len(sample["methods"]) == 6
         for method in sample["methods"].values():
             assert sum(method["produced"]) == len(method["tokens"]) - 1 == 11
+            assert len(method["drafts"]) == len(method["produced"])
     assert (written / f"{dtype}.md").read_text().strip() in out
 
 
 def test_a_single_run_has_no_spread(measured, folder):
     shown = [measured("--runs", runs, "--heads", "eagle", "eagle-koala")[1] for runs in (1, 2)]
-    spreads = [re.findall(r"\d+\.\d+x? \(\d+\.\d+ to ", out) for out in shown]
-    assert [len(found) for found in spreads] == [0, 3]  # of two speedups and a net speed
+    spreads = [re.findall(r"\] \(\d+\.\d+ to ", out) for out in shown]
+    assert [len(found) for found in spreads] == [0, 4]  # of three speedups and a net speed
     samples = json.loads((folder / "bench" / "bench.json").read_text())["samples"]
     assert [sample["conversation"] for sample in samples] == [0, 1, 2]
 
@@ -59,13 +61,43 @@ def test_several_sizes_of_draft_are_measured_side_by_side(measured, folder, monk
     assert (status, err) == (0, "")
     result = json.loads((folder / "bench" / "sizes.json").read_text())
     names = [f"{head}{size}" for size in ("", " tree 6", " auto") for head in ("eagle", "medusa")]
-    assert list(result["methods"]) == list(result["figures"]["heads"]) == names
+    assert list(result["methods"]) == list(result["figures"]["heads"]) == [*names, "lookup"]
     assert all(result["methods"][name]["chosen"] for name in names[4:])
     assert {row["with"] for row in result["figures"]["comparisons"]["eagle tree 6"]} == {"eagle"}
     assert "| medusa | tree of 6, 3 deep |" in out
     for name in names:
         phases = result["samples"][0]["methods"][name]["phases"]
         assert min(phases) > 0 and result["isolated_seconds"][name]["verify"] > 0
+
+
+def test_copies_are_measured_alone_and_beside_each_head(measured, folder):
+    flags = "--nodes", 0, 6, "--gamma", 3, "--heads", "eagle", "medusa", "--lookup", 1
+    status, out, err = measured("--name", "copies", *flags)
+    assert (status, err) == (0, "")
+    result = json.loads((folder / "bench" / "copies.json").read_text())
+    heads = ["eagle", "medusa", "eagle tree 6", "medusa tree 6"]
+    assert list(result["methods"]) == [*heads, *(f"{name} + lookup" for name in heads), "lookup"]
+    assert "| eagle | copies where 1 match, else tree of 6, 3 deep |" in out
+    assert "| lookup | copies where 1 match, of 8 |" in out
+    found = result["figures"]["comparisons"]["medusa + lookup"]
+    assert [row["with"] for row in found] == ["medusa", "lookup"]
+    row = result["samples"][0]["methods"]
+    assert {source for source, _ in row["lookup"]["drafts"]} == {"copied"}
+    assert {source for source, _ in row["eagle"]["drafts"]} == {"drafted"}
+    for f in result["figures"]["heads"].values():
+        low, high = f["speedup_interval"]
+        assert low <= f["speedup"] <= high and f["predicted_speedup"] > 0
+
+
+def test_what_was_measured_is_kept_whatever_becomes_of_its_figures(measured, folder, monkeypatch):
+    def broken(*arguments):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(bench, "evaluate", broken)
+    with pytest.raises(ZeroDivisionError):
+        measured("--name", "kept", "--heads", "eagle")
+    result = json.loads((folder / "bench" / "kept.json").read_text())
+    assert len(result["samples"]) == 3 and result["seconds"]["eagle"]
 
 
 def test_sampled_results_make_no_claim_of_identical_texts(measured):

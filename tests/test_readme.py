@@ -9,7 +9,7 @@ import pytest
 
 from study.ablation import compared
 from study.report import DOCUMENTS, RESULTS, with_tables
-from study.statistics import evaluate
+from study.statistics import evaluate, reckoned
 from targets.outputs import is_loop
 
 ROOT = Path(__file__).parent.parent
@@ -121,15 +121,45 @@ def assert_same(ours, theirs, key: str = ""):
 def sample(produced: list[int], uncut: int, loop: bool = False, conversation: int = 0) -> dict:
     tokens = list(range(sum(produced) + 1))
     entry = {"tokens": tokens, "produced": produced, "uncut_cycles": uncut, "phases": [2, 1, 1]}
+    entry["drafts"] = [["drafted", 4]] * len(produced)
     plain = {"tokens": tokens, "produced": [1] * (len(tokens) - 1), "uncut_cycles": len(tokens) - 1}
     methods = {"autoregressive": plain, "eagle": entry}
-    return {"task": "code", "conversation": conversation, "loop": loop, "methods": methods}
+    about = {"task": "code", "conversation": conversation, "prompt": [1] * 3}
+    return about | {"loop": loop, "methods": methods}
+
+
+def costs_of(methods: dict) -> dict:
+    return {"step": 1.0, "backlog": 3, "passes": [[1, 1.0], [3, 1.2], [9, 1.8]]} | methods
+
+
+def test_the_predicted_time_is_that_of_each_cycles_kind():
+    """Nothing drafted, copies, a head's whole draft and a cut one, and what the head has missed."""
+    row = {"produced": [1, 4, 2, 3, 2], "uncut_cycles": 4}
+    row["drafts"] = [["copied", 0], ["copied", 8], ["drafted", 4], ["drafted", 4], ["drafted", 2]]
+    costs = costs_of({"eagle": {"verify": 1.5, "draft": 0.4, "absorb": 0.01}})
+    draft, verify = reckoned(row, 10, 4, costs["eagle"], costs)
+    assert verify == pytest.approx(1.0 + 1.8 + 1.5 + 1.5 + 1.2)
+    # It reads the prompt and five tokens before its first draft, then 2 and 3: no more than usual.
+    assert draft == pytest.approx(0.4 + 0.01 * (10 + 1 + 4 - 3) + 0.4 + 0.2)
+
+
+def test_the_interval_of_a_speed_is_over_prompts_and_its_range_over_runs():
+    samples = [sample([2] * 10, 10, conversation=i) for i in range(12)]
+    plain, ours = [10.0] * 12, [4.0 + i % 3 for i in range(12)]
+    seconds = {"autoregressive": [plain, plain], "eagle": [ours, [2 * s for s in ours]]}
+    costs = costs_of({"eagle": {"verify": 1.0, "draft": 1.0, "absorb": 0.0}})
+    methods = {"eagle": {"head": "eagle", "gamma": 4, "nodes": 0, "setting": "chain"}}
+    head = evaluate(methods, 0, samples, seconds, costs)["heads"]["eagle"]
+    assert head["speedup_range"] == [pytest.approx(1.0), pytest.approx(2.0)]
+    assert head["speedup"] == pytest.approx(1.5)
+    low, high = head["speedup_interval"]
+    assert 1.5 * 5 / 5.6 < low < 1.5 < high < 1.5 * 5 / 4.4
 
 
 def test_tau_is_tokens_over_uncut_cycles_summed_over_loop_free_prompts():
     samples = [sample([5, 1, 3], 2), sample([2, 2, 2, 2], 4), sample([5, 5, 5], 3, loop=True)]
     seconds = {"autoregressive": [[9.0, 8.0, 15.0]], "eagle": [[3.0, 4.0, 3.0]]}
-    costs = {"step": 1.0, "eagle": {"verify": 1.5, "draft": 0.5}}
+    costs = costs_of({"eagle": {"verify": 1.5, "draft": 0.5, "absorb": 0.0}})
     methods = {"eagle": {"head": "eagle", "gamma": 4, "nodes": 0, "setting": "chain"}}
     figures = evaluate(methods, 0, samples, seconds, costs)
     head = figures["heads"]["eagle"]
@@ -138,7 +168,7 @@ def test_tau_is_tokens_over_uncut_cycles_summed_over_loop_free_prompts():
     assert head["accepted_histogram"] == [1, 4, 0, 0, 1]
     assert head["conditional_acceptance"] == pytest.approx([5 / 6, 1 / 5, 1, 1])
     assert head["speedup"] == pytest.approx((17 / 7) / (17 / 17))
-    assert head["predicted_speedup"] == pytest.approx(head["tau"] / 2)
+    assert head["predicted_speedup"] == pytest.approx(17 / 7 / 2)
     assert head["elsewhere"] == pytest.approx(1 / 4)
     low, high = head["tau_interval"]
     assert low <= head["tau"] <= high
@@ -151,7 +181,7 @@ def test_the_turns_of_a_conversation_are_drawn_together(together):
     each other, and the interval would be half as wide."""
     samples = [sample([1 + i // 4] * 4, 4, False, i // 4 if together else i) for i in range(16)]
     seconds = {"autoregressive": [[1.0] * 16], "eagle": [[1.0] * 16]}
-    costs = {"step": 1.0, "eagle": {"verify": 1.0, "draft": 0.0}}
+    costs = costs_of({"eagle": {"verify": 1.0, "draft": 0.0, "absorb": 0.0}})
     methods = {"eagle": {"head": "eagle", "gamma": 4, "nodes": 0, "setting": "chain"}}
     low, high = evaluate(methods, 0, samples, seconds, costs)["heads"]["eagle"]["tau_interval"]
     assert (1.7 if together else 0.9) < high - low < (2.6 if together else 1.3)
@@ -171,7 +201,7 @@ def test_koala_is_compared_with_its_original_and_trees_with_their_chain():
     row["methods"] |= {name: entry for name in methods}
     seconds = {"autoregressive": [[6.0]]} | {name: [[3.0]] for name in methods}
     seconds["eagle-koala chain"] = [[2.0]]
-    costs = {"step": 1.0} | {name: {"verify": 1.0, "draft": 1.0} for name in methods}
+    costs = costs_of({name: {"verify": 1.0, "draft": 1.0, "absorb": 0.0} for name in methods})
     found = evaluate(methods, 0, [row], seconds, costs)["comparisons"]
     pairs = {name: [other["with"] for other in rows] for name, rows in found.items()}
     assert pairs == {
