@@ -22,6 +22,7 @@ SCRIPTS = {
     "study.ablation": ["study/ablation.py"],
     "study.report": [],
     "study.prompts": ["study/prompts.py"],
+    "study.sizes": ["study/sizes.py"],
 }
 
 
