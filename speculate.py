@@ -378,7 +378,7 @@ def main() -> None:
     config = parse(SpeculateConfig, about=__doc__)
     if config.html is not None:
         check_writable(Path(config.html))
-    folder = find_run(config.out_dir, config.chat, config.head not in HEADLESS)
+    folder = find_run(config.out_dir, config.chat)
     prompt = config.prompt
     if prompt == "-":
         prompt = sys.stdin.buffer.read().decode("utf-8", "surrogateescape")
@@ -390,7 +390,7 @@ def main() -> None:
     about = f"run {name_of(folder)}, head {name}, {describe_device(weight.device)}, {dtype}"
     print(about)
     if config.out_dir is None and came_along(folder):
-        print("(another: --out_dir FOLDER; your own, about an hour on two cores: python train.py)")
+        print("(another: --out_dir FOLDER; your own, in an hour or two: train.py, see README)")
     gamma, nodes = config.gamma, config.nodes
     if gamma is None and head is not None:
         gamma = GAMMA
