@@ -44,9 +44,9 @@ from study.prompts import check_prompts, choose_prompts, held_out_text, load_pro
 from study.report import bench_tables, plot_bench
 from study.statistics import COPYING, evaluate
 from targets.features import Features, evenly
-from targets.loading import add_sizes, find_run, load, name_of, results_folder
+from targets.loading import find_run, load, load_heads, name_of, results_folder
 from targets.outputs import NEAR_TIE, first_difference, is_loop
-from targets.runs import head_path, load_head, trained_heads
+from targets.runs import trained_heads
 
 WARM_UP = 2  # prompts decoded before anything is timed
 
@@ -192,8 +192,7 @@ def main() -> None:
     if not names:
         raise UserError(f"there is no trained head in {folder}: train one with python train.py")
     target, _, encoding = load(folder, None, config.device, config.dtype, config.compile)
-    heads = {n: load_head(head_path(folder, n), target, target.about["fingerprint"]) for n in names}
-    add_sizes(folder, heads)
+    heads = load_heads(folder, names, target)
     weight = target.embed.weight
     print(f"run {name_of(folder)}, {describe_device(weight.device)}, heads {', '.join(heads)}")
     print(f"{weight.dtype}: {target.why_dtype}")

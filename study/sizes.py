@@ -16,9 +16,9 @@ from plumbing.files import write_json
 from recipe import in_order
 from study.prompts import check_prompts, choose_prompts, held_out_text, load_prompts
 from study.replay import Follower, PlainText, replay
-from targets.loading import SIZES, WHICH_RUN, find_run, load, results_folder
+from targets.loading import SIZES, WHICH_RUN, find_run, load, load_heads, results_folder
 from targets.outputs import is_loop
-from targets.runs import fingerprint, head_path, load_head, trained_heads
+from targets.runs import fingerprint, trained_heads
 
 CHAINS = range(1, 9)
 TREES = ((2, 8), (3, 8), (4, 8), (3, 16), (4, 16), (6, 16), (4, 24), (6, 24))  # depth, nodes
@@ -59,13 +59,11 @@ def plans_of(head, target) -> dict:
 def main() -> None:
     config = parse(SizesConfig, about=__doc__)
     folder, begin, found = find_run(config.out_dir), time.monotonic(), {}
-    target, _, encoding = load(folder, None, config.device, config.dtype)
-    heads = {
-        name: load_head(head_path(folder, name), target, target.about["fingerprint"])
-        for name in in_order(trained_heads(folder))
-    }
-    if not heads:
+    names = in_order(trained_heads(folder))
+    if not names:
         raise UserError(f"there is no trained head in {folder}: train one with python train.py")
+    target, _, encoding = load(folder, None, config.device, config.dtype)
+    heads = load_heads(folder, names, target)
     for kind, temperature in (("greedy", 0.0), ("sampled", 1.0)):
         asked = Texts(config.num_prompts, config.max_new_tokens, temperature)
         held_out = held_out_text(target.about, asked.split)

@@ -130,6 +130,13 @@ def add_sizes(folder: Path, heads: dict) -> None:
             continue
 
 
+def load_heads(folder: Path, names: list[str], target) -> dict:
+    """{name: head} of a run, for the target that `load` made ready."""
+    heads = {n: load_head(head_path(folder, n), target, target.about["fingerprint"]) for n in names}
+    add_sizes(folder, heads)
+    return heads
+
+
 def load(out_dir=None, head="auto", device="auto", dtype="auto", compile=False):
     """(target, head, encoding) of a trained run, ready for `generate`.
 

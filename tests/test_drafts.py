@@ -17,6 +17,7 @@ from toys import (
     chi_square_p_value,
     known_text,
     law_of_text,
+    random_prompts,
     random_tables,
     rest_of,
     tiny_head,
@@ -286,9 +287,7 @@ PROMPT_LENGTHS = (1, 7, 22)  # of a context of 24
 
 @pytest.fixture(scope="module")
 def prompts(target):
-    generator = torch.Generator().manual_seed(1)
-    vocab = target.config.vocab_size
-    return [torch.randint(vocab, (n,), generator=generator).tolist() for n in PROMPT_LENGTHS]
+    return random_prompts(target, PROMPT_LENGTHS)
 
 
 def assert_greedy_text_is_the_targets_own(target, prompts, head, plan) -> int:

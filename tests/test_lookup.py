@@ -22,6 +22,7 @@ from toys import (
     draft_chain,
     known_text,
     law_of_text,
+    random_prompts,
     random_tables,
     rest_of,
     tiny_head,
@@ -121,9 +122,7 @@ def target():
 
 @pytest.fixture(scope="module")
 def prompts(target):
-    generator = torch.Generator().manual_seed(1)
-    vocab = target.config.vocab_size
-    return [torch.randint(vocab, (n,), generator=generator).tolist() for n in (1, 2, 7, 22, 23)]
+    return random_prompts(target, (1, 2, 7, 22, 23))
 
 
 @pytest.fixture(scope="module")

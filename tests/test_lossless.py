@@ -26,6 +26,7 @@ from toys import (
     chi_square_p_value,
     draft_chain,
     law_of_text,
+    random_prompts,
     reference_text,
     spelt,
     tiny_head,
@@ -50,9 +51,7 @@ def target():
 
 @pytest.fixture(scope="module")
 def prompts(target):
-    generator = torch.Generator().manual_seed(1)
-    vocab = target.config.vocab_size
-    return [torch.randint(vocab, (n,), generator=generator).tolist() for n in PROMPT_LENGTHS]
+    return random_prompts(target, PROMPT_LENGTHS)
 
 
 @pytest.fixture(scope="module", params=KINDS)

@@ -102,6 +102,11 @@ def tiny_target(seed=0, vocab=13, context=24, layers=2, width=16, spread=0.5) ->
     return target.double().eval().requires_grad_(False)
 
 
+def random_prompts(target: GPT, lengths: tuple[int, ...]) -> list[list[int]]:
+    generator, vocab = torch.Generator().manual_seed(1), target.config.vocab_size
+    return [torch.randint(vocab, (n,), generator=generator).tolist() for n in lengths]
+
+
 def own_text(target: GPT, rows: int, length: int) -> torch.Tensor:
     """(rows, length) tokens written by the target, nearly greedily: what heads learn from."""
     tokens = torch.randint(target.config.vocab_size, (rows, 1))
