@@ -33,8 +33,8 @@ from typing import NamedTuple
 import torch
 
 from costs import best_size, isolated_costs, measure_acceptance
-from drafts import COPIED, GAMMA, MATCH, plan_draft
-from plumbing.cli import UserError, fail, number_or_auto, option, parse, run
+from drafts import ALONE, COPIED, GAMMA, plan_draft
+from plumbing.cli import UserError, fail, option, parse, run
 from plumbing.files import write_json
 from plumbing.machine import describe_device, origin, synchronized_time
 from recipe import in_order
@@ -51,6 +51,14 @@ from targets.runs import trained_heads
 WARM_UP = 2  # prompts decoded before anything is timed
 
 
+def draft_size(text: str) -> tuple:
+    """(gamma, nodes) of an option."""
+    if text == "auto":
+        return "auto", "auto"
+    gamma, _, nodes = text.partition("x")
+    return int(gamma), int(nodes) if "x" in text else 0
+
+
 @dataclass(frozen=True)
 class BenchConfig(DecodeConfig):
     heads: list[str] | None = option(
@@ -58,8 +66,12 @@ class BenchConfig(DecodeConfig):
         "heads to measure; default: the run's own. Copies alone are measured beside them",
         nargs="+",
     )
-    nodes: tuple[int | str, ...] = option(
-        (0,), "sizes of tree to compare; 0: a chain; auto", nargs="+", type=number_or_auto
+    sizes: tuple[tuple, ...] = option(
+        ((GAMMA, 0),),
+        f"of the drafts to compare: {GAMMA} is a chain, 3x8 a tree of 8 tokens, 3 deep, auto the "
+        f"fastest by measurement; default: {GAMMA}",
+        nargs="+",
+        type=draft_size,
     )
     num_prompts: int = option(40, "loop-free prompts wanted, from all tasks", least=1)
     prompts_file: str | None = option(
@@ -90,28 +102,30 @@ class Method(NamedTuple):
 
 
 def choose_methods(config: BenchConfig, target, heads: dict) -> tuple[dict, dict]:
-    """Every head with every size of draft.
+    """Every head with every size of draft, and copies alone.
 
     Returns ({name: Method as a dictionary}, {name: (head, plan)}). Raises UserError for a size that
     a head cannot draft.
     """
-    gamma, methods = GAMMA if config.gamma is None else config.gamma, {}
-    for nodes in config.nodes:
-        setting = {0: "chain", "auto": "auto"}.get(nodes, f"tree {nodes}")
+    methods, chains = {}, [size for size in config.sizes if size[1] == 0]
+    for size in config.sizes:
+        gamma, nodes = size
+        setting = f"tree {gamma}x{nodes}" if nodes else f"chain {gamma}"
+        setting = "auto" if nodes == "auto" else "chain" if [size] == chains[:1] else setting
         for name, head in heads.items():
             method = Method(name, gamma, nodes, setting)
-            if "auto" in (gamma, nodes):
-                size = best_size(target, head, gamma, nodes, config.temperature)
-                print(f"{name}, by measurement: {size}")
-                method = Method(name, size.gamma, size.nodes, setting, str(size))
-            methods[name if nodes == 0 else f"{name} {setting}"] = method
+            if nodes == "auto":
+                best = best_size(target, head, gamma, nodes, config.temperature)
+                print(f"{name}, by measurement: {best}")
+                method = Method(name, best.gamma, best.nodes, setting, str(best))
+            methods[name if setting == "chain" else f"{name} {setting}"] = method
     if config.lookup:
         methods |= {
             name + COPYING: m._replace(setting=m.setting + COPYING, lookup=config.lookup)
             for name, m in methods.items()
         }
     length = max(1, min(COPIED, config.max_new_tokens - 2))
-    methods["lookup"] = Method("lookup", length, 0, "copies", lookup=config.lookup or MATCH)
+    methods["lookup"] = Method("lookup", length, 0, "copies", lookup=ALONE)
     ready = {}
     for name, m in methods.items():
         head = heads.get(m.head)

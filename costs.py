@@ -28,9 +28,11 @@ import torch
 from torch import Tensor
 
 from drafts import (
+    COPIED,
     WIDTH,
     Branch,
     Known,
+    Lookup,
     best_tree,
     fixed_tree,
     in_words,
@@ -230,8 +232,9 @@ def isolated_costs(target, methods: dict, length: int, sampler=None, turns: int 
 class Size(NamedTuple):
     """A size of draft and the model's figures for it."""
 
-    gamma: int
+    gamma: int  # 0: the head drafts nothing
     nodes: int  # 0: a chain
+    lookup: int  # tokens that have to match for a copy, which comes first; 0: never
     tau: float
     c_verify: float
     c_draft: float
@@ -241,7 +244,8 @@ class Size(NamedTuple):
         return self.tau / (self.c_verify + self.c_draft)
 
     def __str__(self) -> str:
-        draft = in_words(self.gamma, self.nodes)
+        draft = in_words(self.gamma, self.nodes) if self.gamma else "nothing"
+        draft = f"{Lookup(self.lookup)}, else {draft}" if self.lookup else draft
         costs = f"{self.c_verify:.2f} + {self.c_draft:.2f}"
         return f"{draft} (expected: tau {self.tau:.2f}, costs {costs}, {self.speedup:.2f}x)"
 
@@ -280,20 +284,34 @@ def expected_tau(head, gamma: int, nodes: int, temperature: float) -> float:
     return expected_length(rates, best_tree(ranks, nodes, gamma))
 
 
-def taus_of(head, temperature: float) -> dict[tuple[int, int], float]:
-    """tau of each size (gamma, nodes) that comes into question.
+def kind_of(temperature: float) -> str:
+    """Of the texts that a head was replayed along: greedy ones, or ones at temperature 1."""
+    return "sampled" if temperature >= 0.5 else "greedy"
 
-    Along texts of the target, where `study.sizes` has measured it: greedy ones, or ones at
-    temperature 1, whichever is nearer. Else by `expected_tau`.
+
+def taus_of(head, temperature: float) -> dict[tuple[int, int, int], tuple[float, float]]:
+    """{(gamma, nodes, lookup): (tau, share of cycles that copy)} of what comes into question.
+
+    Along texts of the target, where `study.sizes` has measured it; else by `expected_tau`, which
+    knows nothing of copies.
     """
     if measured := getattr(head, "sizes", None):
-        rows = measured["sampled" if temperature >= 0.5 else "greedy"]
-        return {(gamma, nodes): tau for gamma, nodes, tau in rows}
+        rows = measured[kind_of(temperature)]
+        return {(g, n, lookup): (tau, copied) for g, n, lookup, tau, copied in rows}
     gammas = [g for g in CHAINS if g <= (head.max_draft or g)]
     # A tree has to be able to reach its depth, and to hold its nodes within it.
     trees = [(g, n) for g in gammas for n in TREES if g <= n <= WIDTH * (1 + WIDTH * (g - 1))]
     sizes = [(g, 0) for g in gammas] + trees
-    return {size: expected_tau(head, *size, temperature) for size in sizes}
+    return {(*size, 0): (expected_tau(head, *size, temperature), 0.0) for size in sizes}
+
+
+def usual_lookup(head, temperature: float) -> int:
+    """Tokens that have to match for a copy where nothing else is asked for; 0: none is made.
+
+    What was faster on validation prompts, with a chain of GAMMA, where `study.sizes` ran.
+    """
+    measured = getattr(head, "sizes", None)
+    return measured["lookup"][kind_of(temperature)] if measured else 0
 
 
 def tree_warning(head, gamma: int, nodes: int, temperature: float) -> str | None:
@@ -304,7 +322,8 @@ def tree_warning(head, gamma: int, nodes: int, temperature: float) -> str | None
     """
     if nodes <= 0 or temperature < 0.5 or not hasattr(head, "training_record"):
         return None
-    known = taus_of(head, temperature)
+    taus = taus_of(head, temperature)
+    known = {size[:2]: tau for size, (tau, _) in taus.items() if size[2] == 0}
     if not {(gamma, nodes), (gamma, 0)} <= known.keys():
         known = {(gamma, n): expected_tau(head, gamma, n, temperature) for n in (nodes, 0)}
     tree, chain = known[gamma, nodes], known[gamma, 0]
@@ -318,19 +337,20 @@ def tree_warning(head, gamma: int, nodes: int, temperature: float) -> str | None
 def size_costs(target, head, sizes: list, temperature: float = 0.0) -> tuple[dict, dict]:
     """Costs of passes {tokens: cost} and of drafts {(gamma, is it a tree): cost}, in plain steps.
 
-    sizes: pairs (gamma, nodes). The passes and the drafts take turns for about SECONDS, ROUNDS at
-    least: a large target takes longer. The first round does not count. Before each, untimed, comes
-    the job that precedes it in decoding.
+    sizes: triples (gamma, nodes, lookup). The passes and the drafts take turns for about SECONDS,
+    ROUNDS at least: a large target takes longer. The first round does not count. Before each,
+    untimed, comes the job that precedes it in decoding.
     """
-    context, longest = target.config.context, max(gamma for gamma, _ in sizes)
-    most = max(nodes or gamma for gamma, nodes in sizes) + 1
+    longest = max(COPIED if lookup else gamma for gamma, _, lookup in sizes)
+    most = max(longest, *(nodes for _, nodes, _ in sizes)) + 1
     counts = [n for n in COUNTS if n < most] + [most]
     sampler = Sampler(target.embed.weight.device, temperature)
+    context = target.config.context
     length = min(LENGTH, context // 2, context - longest - 1)
     bench = Bench(target, length, most, sampler)
     jobs = {n: (bench.read, n) for n in counts}
-    # The cost of drafting a tree depends on its depth, hardly on its nodes.
-    plans = {(gamma, nodes > 0): plan_draft(head, gamma, nodes, target) for gamma, nodes in sizes}
+    # The cost of drafting a tree depends on its depth, hardly on its nodes. Copies cost nothing.
+    plans = {(g, n > 0): plan_draft(head, g, n, target) for g, n, _ in sizes if g > 0}
     measured = {}  # depths: of chains and of trees those in DEPTHS, the lowest and the highest
     for tree in {tree for _, tree in plans}:
         depths = sorted(depth for depth, is_tree in plans if is_tree == tree)
@@ -338,7 +358,7 @@ def size_costs(target, head, sizes: list, temperature: float = 0.0) -> tuple[dic
     drafts = [(depth, tree) for tree, depths in measured.items() for depth in depths]
     jobs |= {key: (bench.timed, bench.drafting(head, plans[key])) for key in drafts}
     # Before a plain step another one, before a verification a draft, before a draft a verification.
-    deepest = bench.drafting(head, plans[max(plans)])
+    deepest = bench.drafting(head, plans[max(plans)] if plans else Lookup())
     before = dict.fromkeys(counts, deepest) | dict.fromkeys(drafts, partial(bench.read, most))
     before[1] = partial(bench.read, 1)
     samples = {name: [] for name in jobs}
@@ -359,34 +379,48 @@ def size_costs(target, head, sizes: list, temperature: float = 0.0) -> tuple[dic
     return {n: seconds[n] for n in counts}, drafting
 
 
-def fastest(taus: dict, passes: dict, drafts: dict) -> Size:
-    """Of the sizes {(gamma, nodes): tau} the one with the highest predicted speedup."""
+def reckon(size: tuple, known: tuple, passes: dict, drafts: dict, length: int = COPIED) -> Size:
+    """A size (gamma, nodes, lookup) with its costs; known: (tau, share of cycles that copy).
+
+    passes, drafts: see `size_costs`. length: of the copies.
+    """
+    gamma, nodes, lookup = size
+    tau, copied = known
     # More tokens never take less time: where they seem to, that is noise.
     verify = np.maximum.accumulate(list(passes.values()))
-
-    def size(gamma: int, nodes: int, tau: float) -> Size:
-        cost = np.interp((nodes or gamma) + 1, list(passes), verify).item()
-        return Size(gamma, nodes, tau, cost, drafts[gamma, nodes > 0])
-
-    return max((size(*key, tau) for key, tau in taus.items()), key=lambda size: size.speedup)
+    own, copy = np.interp([(nodes or gamma) + 1, length + 1], list(passes), verify).tolist()
+    draft = drafts[gamma, nodes > 0] if gamma > 0 else 0.0
+    c_verify = copied * copy + (1 - copied) * own
+    return Size(gamma, nodes, lookup, tau, c_verify, (1 - copied) * draft)
 
 
-def best_size(target, head, gamma: int | str, nodes: int | str, temperature=0.0) -> Size:
+def fastest(taus: dict, passes: dict, drafts: dict) -> Size:
+    """Of the sizes in `taus` (see `taus_of`) the one with the highest predicted speedup."""
+    sizes = (reckon(size, known, passes, drafts) for size, known in taus.items())
+    return max(sizes, key=lambda size: size.speedup)
+
+
+def best_size(target, head, gamma, nodes, temperature=0.0, lookup=0) -> Size:
     """The size of draft that promises the highest speed here; "auto" is to be chosen.
 
-    Where the nodes are to be chosen, a given gamma is the deepest. Raises UserError for a size that
-    cannot be drafted, or without the record that tau is reckoned from.
+    Where the nodes are to be chosen, a given gamma is the deepest. Where all three are, it may be
+    copies alone, or nothing. Raises UserError for a size that cannot be drafted, or without the
+    record that tau is reckoned from.
     """
     for given in ((1 if gamma == "auto" else gamma, 0), (1, 0 if nodes == "auto" else nodes)):
         plan_draft(head, *given, target)  # refuses what cannot be drafted
     deepest = min(math.inf if gamma == "auto" else gamma, target.config.context - 4)
+    shallowest = 0 if gamma == nodes == lookup == "auto" else 1
     taus = {
-        (g, n): tau
-        for (g, n), tau in taus_of(head, temperature).items()
-        if g <= deepest and nodes in ("auto", n) and (gamma in ("auto", g) or nodes == "auto")
+        (g, n, copies): known
+        for (g, n, copies), known in taus_of(head, temperature).items()
+        if shallowest <= g <= deepest and nodes in ("auto", n) and lookup in ("auto", copies)
+        if gamma in ("auto", g) or nodes == "auto"
     }
+    if not taus and lookup not in (0, "auto"):  # nobody measured what these copies bring
+        return best_size(target, head, gamma, nodes, temperature)._replace(lookup=lookup)
     if not taus:  # a tree of another size
         most = min(deepest, nodes or deepest, head.max_draft or deepest)
         gammas = [g for g in CHAINS if g <= most]
-        taus = {(g, nodes): expected_tau(head, g, nodes, temperature) for g in gammas}
+        taus = {(g, nodes, 0): (expected_tau(head, g, nodes, temperature), 0.0) for g in gammas}
     return fastest(taus, *size_costs(target, head, list(taus), temperature))

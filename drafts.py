@@ -42,8 +42,9 @@ from plumbing.cli import UserError
 
 MAX_NODES = 256  # of a tree: a pass over more is no longer cheap anywhere
 WIDTH = 4  # nodes that a growing tree expands at each depth, and children of each
-MATCH = 3  # tokens that have to match, at least, before a copy is made
-LONGEST = 4  # and at most: a longer match is no better
+MATCH = 2  # tokens that have to match, at least, before a copy takes the place of a head's draft
+ALONE = 1  # and where there is no head, and else nothing would be drafted (study/sizes.py)
+LONGEST = 4  # and at most: the longest match is taken
 COPIED = 8  # tokens copied at once
 GAMMA = 4  # tokens of a head's chain, where nothing else is asked for
 Branch = tuple[int, ...]

@@ -45,14 +45,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from costs import best_size, tree_warning
-from drafts import COPIED, GAMMA, MATCH, Draft, Known, Shape, deepest, plan_draft, root_only
+from costs import best_size, tree_warning, usual_lookup
+from drafts import ALONE, COPIED, GAMMA, Draft, Known, Shape, deepest, plan_draft, root_only
 from model import GPT, GPTConfig
 from plumbing.cli import UserError, check_ranges, fail, number_or_auto, option, parse, run
 from plumbing.files import atomic_write, check_writable
 from plumbing.machine import Stopwatch, describe_device
 from plumbing.page import page, record
-from plumbing.show import Printer, compare, remark
+from plumbing.show import Printer, chances, compare, remark
 from sampling import Sampler, acceptance_probability, argmax, residual, sample
 from targets.bpe import encode_prompt
 from targets.loading import WHICH_RUN, came_along, favourite, find_run, load, name_of
@@ -263,28 +263,6 @@ def check_prompt(config: GPTConfig, prompt: list[int]) -> None:
         raise UserError(f"the prompt has tokens outside the vocabulary of {config.vocab_size}")
 
 
-def chances(head, draft: Draft, logits: Tensor, p, u, sampler: Sampler, path, last) -> tuple:
-    """The figures p, q, u and own of a `Cycle`: chances of the drafted tokens and of `last` ().
-
-    Greedy decoding compares no probabilities; shown are those of temperature 1.
-    """
-    tokens, parents = draft.tokens[1:, None], draft.shape.parents[1:]  # (N, 1), (N,)
-
-    def law(logits: Tensor) -> Tensor:
-        return sampler.distribution(logits) if sampler.temperature else logits.float().softmax(-1)
-
-    p, q = law(logits) if p is None else p, []
-    own_p, own_q = p[path[-1], last].item(), None
-    if draft.q is not None:
-        q = draft.q.gather(-1, tokens)[:, 0].tolist()
-        own_q = draft.q[path[-1], last].item() if path[-1] < len(tokens) else None
-    elif draft.logits:
-        rows = law(torch.cat(draft.logits)[draft.rows])  # (N, S)
-        q = rows.gather(-1, head.vocabulary.indices_of(tokens))[:, 0].tolist()
-    p_x = p[parents].gather(-1, tokens)[:, 0].tolist()
-    return p_x, q, u[:-1].tolist() if draft.q is not None else [], (own_p, own_q)
-
-
 # ------------------------------------------------------------------------ the command line
 
 
@@ -297,13 +275,10 @@ class DecodeConfig:
 
     out_dir: str | None = option(None, WHICH_RUN)
     max_new_tokens: int = option(128, "tokens to write for each prompt", least=1)
-    gamma: int | str | None = option(
+    lookup: int | None = option(
         None,
-        f"tokens of a chain, depth of a tree; auto: measured; default: {GAMMA}, copies {COPIED}",
-        type=number_or_auto,
-    )
-    lookup: int = option(
-        0, "copy where so many last tokens stood before, else the head drafts; 0: never", least=0
+        "copy where so many last tokens stood before, else the head drafts; 0: never; default: "
+        "what was faster on validation prompts (bench.py: 0)",
     )
     temperature: float = option(0.0, "0 is greedy; higher is more varied")
     top_k: int = option(0, "sample from the k likeliest tokens only; 0: from all")
@@ -337,8 +312,15 @@ class SpeculateConfig(DecodeConfig):
         "a trained head's name, a path to one, lookup (copies alone), or none; auto: eagle-koala "
         "where it is",
     )
-    nodes: int | str = option(
-        0, "tokens of a drafted tree; 0: a chain; auto: by measurement", type=number_or_auto
+    gamma: int | str | None = option(
+        None,
+        f"tokens of a chain, depth of a tree; auto: measured; default: {GAMMA}, copies {COPIED}",
+        type=number_or_auto,
+    )
+    nodes: int | str | None = option(
+        None,
+        "tokens of a drafted tree; default: a chain; auto: by measurement",
+        type=number_or_auto,
     )
     trace: bool = option(False, "show each cycle: its draft, the verdicts, the time")
     html: str | None = option(None, "write a page of the cycles to this file")
@@ -349,10 +331,31 @@ class SpeculateConfig(DecodeConfig):
             raise UserError("--chat goes with neither --html, which draws one text, nor --raw")
 
 
+def choose_draft(config: SpeculateConfig, target, head, usual: int) -> tuple:
+    """(head, plan, the plan in words). `usual`: the match of copies where there is no head."""
+    gamma, nodes, lookup = config.gamma, config.nodes, config.lookup
+    if head is None:
+        if gamma == "auto" or nodes:
+            raise UserError("--gamma auto and --nodes need a trained head")
+        plan = plan_draft(None, gamma, 0, target, lookup or usual)
+        return None, plan, plan
+    if config.chat and gamma is None and nodes is None:
+        gamma = nodes = "auto"  # a conversation has the time to measure
+    if "auto" in (gamma, nodes):
+        gamma, lookup = ("auto" if asked is None else asked for asked in (gamma, lookup))
+        size = best_size(target, head, gamma, nodes or 0, config.temperature, lookup)
+        head = head if size.gamma else None  # it may be that no head pays here
+        plan = plan_draft(head, size.gamma or None, size.nodes, target, size.lookup)
+        return head, plan, f"{size}, by measurement"
+    if warning := tree_warning(head, gamma or GAMMA, nodes or 0, config.temperature):
+        print(warning)
+    lookup = usual_lookup(head, config.temperature) if lookup is None else lookup
+    plan = plan_draft(head, gamma, nodes or 0, target, lookup)
+    return head, plan, plan
+
+
 def converse(target, encoding, request: dict) -> None:
     """Answer the lines of standard input, one turn each, until it ends."""
-    if target.chat is None:
-        raise UserError("--chat needs a chat model: see targets/README.md for SmolLM2")
     said, room = [], target.config.context - request["max_new_tokens"]
     if room < 1:
         raise UserError(f"--max_new_tokens has to leave room in {target.config.context} tokens")
@@ -391,19 +394,11 @@ def main() -> None:
     print(about)
     if config.out_dir is None and came_along(folder):
         print("(another: --out_dir FOLDER; your own, in an hour or two: train.py, see README)")
-    gamma, nodes = config.gamma, config.nodes
-    if gamma is None and head is not None:
-        gamma = GAMMA
-    if head is None and (gamma == "auto" or nodes != 0):
-        raise UserError("--gamma auto and --nodes need a trained head")
-    if "auto" in (gamma, nodes):
-        size = best_size(target, head, gamma, nodes, config.temperature)
-        gamma, nodes = size.gamma, size.nodes
-        print(f"drafting {size}, by measurement")
-    if warning := tree_warning(head, gamma, nodes, config.temperature):
-        print(warning)
-    lookup = config.lookup or (MATCH if name == "lookup" else 0)
-    plan = plan_draft(head, gamma, nodes, target, lookup)
+    if config.chat and target.chat is None:
+        raise UserError("--chat needs a chat model: see targets/README.md for SmolLM2")
+    head, plan, words = choose_draft(config, target, head, ALONE if name == "lookup" else 0)
+    if name != "none":
+        print(f"drafting {words}")
     chat = None if config.raw else target.chat
     stop = encoding.eot_token if chat is None else chat.stop
     request = config.request | dict(seed=config.seed, stop_token=stop)

@@ -104,10 +104,9 @@ def add_flag(parser, field, kind, default) -> None:
         help = f"{help.split('; default:')[0]} (default: {shown})"
     if kind is bool:
         details["action"] = "store_true"
-    else:  # `int | None` is read as int
+    elif "type" not in details:  # `int | None` is read as int
         kinds = [k for k in typing.get_args(kind) if k is not type(None)] or [kind]
-        inner = typing.get_args(kinds[0])[0] if "nargs" in details else kinds[0]
-        details.setdefault("type", inner)
+        details["type"] = typing.get_args(kinds[0])[0] if "nargs" in details else kinds[0]
     # argparse reads help as a format.
     parser.add_argument(f"--{field.name}", default=default, help=help.replace("%", "%%"), **details)
     if positional:

@@ -9,6 +9,9 @@ import codecs
 import os
 import sys
 
+import torch
+from torch import Tensor
+
 
 class Printer:
     """Text as it is written: accepted drafts in colour, characters only once they are whole.
@@ -35,6 +38,28 @@ class Printer:
 
     def finish(self) -> None:
         print(self.speller.rest())
+
+
+def chances(head, draft, logits: Tensor, p, u, sampler, path: list[int], last: Tensor) -> tuple:
+    """The figures p, q, u and own of a `Cycle`: chances of the drafted tokens and of `last` ().
+
+    Greedy decoding compares no probabilities; shown are those of temperature 1.
+    """
+    tokens, parents = draft.tokens[1:, None], draft.shape.parents[1:]  # (N, 1), (N,)
+
+    def law(logits: Tensor) -> Tensor:
+        return sampler.distribution(logits) if sampler.temperature else logits.float().softmax(-1)
+
+    p, q = law(logits) if p is None else p, []
+    own_p, own_q = p[path[-1], last].item(), None
+    if draft.q is not None:
+        q = draft.q.gather(-1, tokens)[:, 0].tolist()
+        own_q = draft.q[path[-1], last].item() if path[-1] < len(tokens) else None
+    elif draft.logits:
+        rows = law(torch.cat(draft.logits)[draft.rows])  # (N, S)
+        q = rows.gather(-1, head.vocabulary.indices_of(tokens))[:, 0].tolist()
+    p_x = p[parents].gather(-1, tokens)[:, 0].tolist()
+    return p_x, q, u[:-1].tolist() if draft.q is not None else [], (own_p, own_q)
 
 
 class Speller:

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from drafts import Chain, Known, deepest, root_only
+from drafts import Chain, CopyFirst, Known, Lookup, deepest, root_only
 from sampling import Sampler
 
 
@@ -60,6 +60,7 @@ class Replayed(NamedTuple):
     starts: list[float]  # (T,): the chance that a cycle begins with each token as its root
     written: float  # tokens of uncut cycles, as in `Generation.acceptance_length`
     cycles: float
+    copied: float  # of these cycles those that judged a copy
 
 
 def accepted_chances(plan, known: Known, following: Tensor, p: Tensor, depth: int, sampler) -> list:
@@ -81,6 +82,16 @@ def accepted_chances(plan, known: Known, following: Tensor, p: Tensor, depth: in
     return [1.0] * accepted + [0.0] * rejected
 
 
+def parts(plan) -> list:
+    """The plans that one makes its draft by: the first that drafts anything."""
+    return [plan.lookup, plan.plan] if isinstance(plan, CopyFirst) else [plan]
+
+
+def key(plan):
+    """Alike for plans whose drafts are beginnings of one another."""
+    return Chain if isinstance(plan, Chain) else getattr(plan, "match", plan)
+
+
 @torch.inference_mode()
 def replay(head, plans: dict, text: PlainText, sampler: Follower) -> dict[str, Replayed]:
     """The cycles of each plan along a text: {name: Replayed}."""
@@ -89,35 +100,35 @@ def replay(head, plans: dict, text: PlainText, sampler: Follower) -> dict[str, R
     room = last + 2 + max(plan.slots for plan in plans.values())
     known, read = Known(text.tokens[:1], head, room), 0
     starts = {name: [0.0] * (end + 1) for name in plans}
-    written, cycles = dict.fromkeys(plans, 0.0), dict.fromkeys(plans, 0.0)
-    longest = Chain(max((p.depth for p in plans.values() if isinstance(p, Chain)), default=0))
+    sums = {name: [0.0, 0.0, 0.0] for name in plans}
+    longest = {}  # of the plans that are alike, the one that drafts furthest
+    every = [part for plan in plans.values() for part in parts(plan)]
+    for plan in sorted(every, key=lambda plan: plan.depth):
+        longest[key(plan)] = plan
     for name in plans:
         starts[name][text.start] = 1.0
     for place in range(text.start, end):
         new = slice(read + 1, place + 1)
         known.add(text.tokens[new], tokens[new], text.hidden[:, read:place])
-        read, begun = place, None
+        read, left, judged = place, last - place - 1, {}
         for name, plan in plans.items():
             if (reach := starts[name][place]) == 0:
                 continue
-            depth, ahead = min(plan.depth, last - place - 1), (tokens[place + 1 :], text.p[place:])
-            if isinstance(plan, Chain):  # each is the beginning of the longest
-                most = min(longest.depth, last - place - 1)
-                begun = (
-                    accepted_chances(longest, known, *ahead, most, sampler)
-                    if begun is None
-                    else begun
-                )
-                found = begun[:depth]
-            else:
-                found = accepted_chances(plan, known, *ahead, depth, sampler)
+            for part in parts(plan):
+                if key(part) not in judged:
+                    whole = longest[key(part)]
+                    ahead = tokens[place + 1 :], text.p[place:], min(whole.depth, left)
+                    judged[key(part)] = accepted_chances(whole, known, *ahead, sampler)
+                found = judged[key(part)][: min(part.depth, left)]
+                if copied := isinstance(part, Lookup) and found:
+                    break
             for accepted, chance in enumerate([*found, 0.0]):
                 if place + accepted == end:
                     break  # the token that ends the text was accepted: the cycle is cut
                 ends = reach * (1 - chance)
                 starts[name][place + accepted + 1] += ends
-                if depth == plan.depth:
-                    written[name] += ends * (accepted + 1)
-                    cycles[name] += ends
+                if plan.depth <= left:
+                    for i, count in enumerate((accepted + 1, 1, bool(copied))):
+                        sums[name][i] += ends * count
                 reach *= chance
-    return {name: Replayed(starts[name][:end], written[name], cycles[name]) for name in plans}
+    return {name: Replayed(starts[name][:end], *sums[name]) for name in plans}

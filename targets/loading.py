@@ -124,7 +124,7 @@ def add_sizes(folder: Path, heads: dict) -> None:
             found = json.loads(path.read_text("utf-8"))
             for name, head in heads.items():
                 if found[name]["weights"] == fingerprint(head):
-                    head.sizes = {kind: found[name][kind] for kind in ("greedy", "sampled")}
+                    head.sizes = {key: found[name][key] for key in ("greedy", "sampled", "lookup")}
             return
         except (OSError, ValueError, KeyError, TypeError):
             continue

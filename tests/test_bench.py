@@ -56,14 +56,14 @@ def test_a_single_run_has_no_spread(measured, folder):
 
 def test_several_sizes_of_draft_are_measured_side_by_side(measured, folder, monkeypatch):
     monkeypatch.setattr("costs.SECONDS", 0.0)
-    flags = "--nodes", 0, 6, "auto", "--gamma", 3, "--heads", "eagle", "medusa"
+    flags = "--sizes", 3, "3x6", "auto", "--heads", "eagle", "medusa"
     status, out, err = measured("--name", "sizes", *flags)
     assert (status, err) == (0, "")
     result = json.loads((folder / "bench" / "sizes.json").read_text())
-    names = [f"{head}{size}" for size in ("", " tree 6", " auto") for head in ("eagle", "medusa")]
+    names = [f"{head}{size}" for size in ("", " tree 3x6", " auto") for head in ("eagle", "medusa")]
     assert list(result["methods"]) == list(result["figures"]["heads"]) == [*names, "lookup"]
     assert all(result["methods"][name]["chosen"] for name in names[4:])
-    assert {row["with"] for row in result["figures"]["comparisons"]["eagle tree 6"]} == {"eagle"}
+    assert {row["with"] for row in result["figures"]["comparisons"]["eagle tree 3x6"]} == {"eagle"}
     assert "| medusa | tree of 6, 3 deep |" in out
     for name in names:
         phases = result["samples"][0]["methods"][name]["phases"]
@@ -71,13 +71,15 @@ def test_several_sizes_of_draft_are_measured_side_by_side(measured, folder, monk
 
 
 def test_copies_are_measured_alone_and_beside_each_head(measured, folder):
-    flags = "--nodes", 0, 6, "--gamma", 3, "--heads", "eagle", "medusa", "--lookup", 1
+    flags = "--sizes", 3, "3x6", 2, "--heads", "eagle", "medusa", "--lookup", 2
     status, out, err = measured("--name", "copies", *flags)
     assert (status, err) == (0, "")
     result = json.loads((folder / "bench" / "copies.json").read_text())
-    heads = ["eagle", "medusa", "eagle tree 6", "medusa tree 6"]
+    heads = [
+        f"{head}{size}" for size in ("", " tree 3x6", " chain 2") for head in ("eagle", "medusa")
+    ]
     assert list(result["methods"]) == [*heads, *(f"{name} + lookup" for name in heads), "lookup"]
-    assert "| eagle | copies where 1 match, else tree of 6, 3 deep |" in out
+    assert "| eagle | copies where 2 match, else tree of 6, 3 deep |" in out
     assert "| lookup | copies where 1 match, of 8 |" in out
     found = result["figures"]["comparisons"]["medusa + lookup"]
     assert [row["with"] for row in found] == ["medusa", "lookup"]
@@ -109,11 +111,15 @@ def test_sampled_results_make_no_claim_of_identical_texts(measured):
 @pytest.mark.parametrize(
     "flags",
     [
-        ("--gamma", 0),
-        ("--gamma", 5),  # Medusa has four heads
-        ("--nodes", -1),
-        ("--nodes", "many"),
-        ("--gamma", 0, "--nodes", "auto"),
+        ("--sizes", 0),
+        ("--sizes", 5),  # Medusa has four heads
+        ("--sizes", "5x8"),
+        ("--sizes", "4x999"),
+        ("--sizes", "many"),
+        ("--sizes", "4x"),
+        ("--sizes", 4, "auto", "-1"),
+        ("--lookup", 5),
+        ("--lookup", -1),
         ("--max_new_tokens", 1),
         ("--max_new_tokens", 5),  # no whole cycle
         ("--runs", 0),

@@ -28,13 +28,14 @@ from toys import (
     tiny_head,
     tiny_target,
     verdicts,
+    with_sizes,
 )
 
 from drafts import LONGEST, Chain, CopyFirst, GrowingTree, Known, Lookup, fixed_tree, plan_draft
 from plumbing.cli import UserError
 from plumbing.show import trace_lines
 from sampling import Sampler, acceptance_probability, residual
-from speculate import generate, match
+from speculate import SpeculateConfig, choose_draft, generate, match
 
 CPU = torch.device("cpu")
 TREE = fixed_tree(((0,), (1,), (2,), (0, 0), (0, 1), (1, 0)), CPU)
@@ -343,6 +344,51 @@ def test_sampled_text_with_copies_has_the_targets_law(wrong, monkeypatch):
         counts[cell] += 1
     assert copies > 500
     assert (chi_square_p_value(counts, law) < FALSE_ALARM) == wrong
+
+
+# ------------------------------------------------------------------------------ where it is used
+
+
+@pytest.mark.parametrize(
+    "asked, match",
+    [
+        (dict(), 3),
+        (dict(temperature=1.0), 0),
+        (dict(lookup=0), 0),
+        (dict(lookup=2, temperature=1.0), 2),
+        (dict(gamma=2, nodes=4), 3),
+    ],
+    ids=str,
+)
+def test_copies_are_made_where_validation_texts_say_so_or_the_user(target, asked, match):
+    measured = with_sizes(tiny_head("eagle", 1, target))
+    for head, expected in ((measured, match), (tiny_head("eagle", 1, target), asked.get("lookup"))):
+        used, plan, words = choose_draft(SpeculateConfig(**asked), target, head, 0)
+        assert used is head
+        if expected:
+            assert plan.lookup.match == expected and str(words).startswith("a copy of 8 where ")
+        else:
+            assert isinstance(plan, (Chain, GrowingTree))
+
+
+@pytest.mark.parametrize("dear, answer", [(False, Chain), (True, Lookup)])
+def test_a_conversation_drafts_what_is_fastest_here(target, dear, answer, monkeypatch):
+    """On cores where a pass over a draft takes twice as long a head was used at a loss."""
+    head, asked = with_sizes(tiny_head("eagle", 1, target)), []
+
+    def costs(target, head, sizes, temperature):
+        asked.append(temperature)
+        passes = {n: 1.0 for n in (1, 2, 4, 8, 9)}
+        return passes, {(g, t): 9.0 * g * dear for g in range(1, 9) for t in (False, True)}
+
+    monkeypatch.setattr("costs.size_costs", costs)
+    used, plan, words = choose_draft(SpeculateConfig(chat=True), target, head, 0)
+    assert asked == [0.0] and words.endswith(", by measurement")
+    plan = plan.plan if isinstance(plan, CopyFirst) else plan
+    assert isinstance(plan, answer) and (used is None) == dear
+    request = dict(chat=True, gamma=2)
+    used, plan, words = choose_draft(SpeculateConfig(**request), target, head, 0)
+    assert asked == [0.0] and str(words).endswith("else a chain of 2") and used is head
 
 
 # ------------------------------------------------------------------------------- how it is told

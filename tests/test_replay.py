@@ -13,10 +13,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from pytest import approx
 from toys import random_tables, rest_of, tiny_head, tiny_target, whole_vocabulary
 
 from costs import best_size
-from drafts import Chain, CopyFirst, GrowingTree, Lookup, fixed_tree, plan_draft
+from drafts import COPIED, MATCH, Chain, CopyFirst, GrowingTree, Lookup, fixed_tree, plan_draft
 from sampling import acceptance_probability
 from speculate import generate
 from study import sizes
@@ -53,7 +54,7 @@ def trained(target):
 @pytest.mark.parametrize("kind", ["medusa", "eagle"])
 def test_greedy_cycles_are_those_of_the_decoder(target, trained, kind, knows):
     """For every kind of draft at once, to the limit, to the window's end and to each stop token."""
-    head, sampler, lengths = trained(kind, knows), Follower(CPU), set()
+    head, sampler, lengths, copied = trained(kind, knows), Follower(CPU), set(), 0
     generator = torch.Generator().manual_seed(1)
     for n in (1, 2, 7, 15):
         prompt = torch.randint(13, (n,), generator=generator).tolist()
@@ -72,8 +73,10 @@ def test_greedy_cycles_are_those_of_the_decoder(target, trained, kind, knows):
                 assert starts == [place for place in places if place < n + len(plain) - 1]
                 assert set(found[name].starts) <= {0.0, 1.0}
                 counted = out.produced[: out.uncut_cycles]
-                assert found[name][1:] == (sum(counted), len(counted))
-    assert lengths >= {1, 2, 3, 4, 5}
+                copies = [d for d in out.drafts[: len(counted)] if d[0] == "copied" and d[1]]
+                assert found[name][1:] == (sum(counted), len(counted), len(copies))
+                copied += len(copies)
+    assert lengths >= {1, 2, 3, 4, 5} and copied > 0
 
 
 # --------------------------------------------------------------------------------- sampled texts
@@ -151,7 +154,7 @@ def test_sampled_cycles_are_those_of_the_decoder_on_average(gamma):
         written += law[new].item() * found["chain"].written
         cycles += law[new].item() * found["chain"].cycles
     expected = enumerated(p, q, gamma)
-    assert (written, cycles) == pytest.approx(expected, rel=1e-5)
+    assert (written, cycles) == approx(expected, rel=1e-5)
 
 
 # ---------------------------------------------------------------------------- the sizes of a run
@@ -175,10 +178,10 @@ def test_the_shipped_head_is_replayed_as_it_decodes(shipped):
         for name, plan in plans.items():
             out = generate(target, prompt, 48, head=head, plan=plan)
             counted = out.produced[: out.uncut_cycles]
-            for i, value in enumerate((sum(counted), len(counted), *found[name][1:])):
+            for i, value in enumerate((sum(counted), len(counted), *found[name][1:3])):
                 sums[name][i] += value
     for tokens, cycles, written, replayed in sums.values():
-        assert written / replayed == pytest.approx(tokens / cycles, rel=0.01)
+        assert written / replayed == approx(tokens / cycles, rel=0.01)
 
 
 def test_sizes_are_written_beside_the_heads_and_chosen_by(tiny_run, tmp_path, call, monkeypatch):
@@ -187,12 +190,27 @@ def test_sizes_are_written_beside_the_heads_and_chosen_by(tiny_run, tmp_path, ca
     argv = ["--out_dir", folder, "--num_prompts", 2, "--max_new_tokens", 16]
     monkeypatch.setattr("study.prompts.from_documents.__defaults__", (12,))
     status, out, err = call(sizes.main, *argv, "--dtype", "float32")
-    assert (status, err) == (0, "") and re.search(r"^eagle, \d sampled texts: tau", out, re.M)
+    assert (status, err) == (0, "") and re.search(r"^eagle, \d sampled texts: ", out, re.M)
     target, head, _ = load(folder, "eagle", "cpu", "float32")
-    assert {tuple(row[:2]) for row in head.sizes["greedy"]} >= {(1, 0), (8, 0), (4, 8)}
-    assert all(1 <= row[2] <= 1 + row[0] for rows in head.sizes.values() for row in rows)
-    taus = {tuple(row[:2]): row[2] for row in head.sizes["sampled"]}
-    assert taus[8, 0] >= taus[1, 0]
+    lookup = head.sizes["lookup"]
+    assert lookup.keys() == {"greedy", "sampled"} and set(lookup.values()) <= {0, MATCH}
+    for kind in lookup:
+        known = {tuple(row[:3]): row[3:] for row in head.sizes[kind]}
+        assert known.keys() >= {(1, 0, 0), (8, 0, 0), (4, 8, 0), (4, 8, MATCH), (0, 0, MATCH)}
+        assert known[0, 0, 0] == [1.0, 0.0]
+        for (gamma, _, copies), (tau, copied) in known.items():
+            assert 1 <= tau <= 1 + max(gamma, COPIED if copies else 0)
+            assert 0 <= copied <= 1 and (copies or not copied)
+        assert known[8, 0, 0][0] >= known[1, 0, 0][0]
+    # The length and the match that are usual are rows of the copies' table, too.
+    found = json.loads((folder / "sizes.json").read_text())
+    rows = {tuple(row[:2]): row[2:4] for row in found["copies"]["eagle, sampled"]}
+    assert rows.keys() >= {(8, 1), (8, 4), (2, 3)} and rows[COPIED, MATCH] == approx(
+        known[4, 0, MATCH]
+    )
+    rows = {tuple(row[:2]): row[2:4] for row in found["copies"]["alone, sampled"]}
+    assert rows[COPIED, MATCH] == approx(known[0, 0, MATCH])
+    taus = {size[:2] for size in known}
     head.training_record = None  # nothing is reckoned from it any more
     assert best_size(target, head, "auto", "auto", 0.8)[:2] in taus
 
@@ -213,6 +231,6 @@ def test_sizes_of_a_run_that_came_along_are_found_where_they_are_written(
     ours, shipped = Path("out/trained-cpu/sizes.json"), folder / "sizes.json"
     ours.parent.mkdir(parents=True)
     for path, tau in ((shipped, 1.5), (ours, 1.7)):
-        rows = {kind: [[1, 0, tau]] for kind in ("greedy", "sampled")}
+        rows = {"greedy": [[1, 0, 0, tau, 0.0]], "sampled": [], "lookup": {"greedy": 3}}
         path.write_text(json.dumps({"eagle": rows | {"weights": weights}}))
-        assert load(folder, "eagle", "cpu", "float32")[1].sizes["greedy"] == [[1, 0, tau]]
+        assert load(folder, "eagle", "cpu", "float32")[1].sizes == rows

@@ -153,6 +153,17 @@ def tiny_head(kind: str, layers: int, target: GPT, steps=0, num_heads=8, knows: 
     return head.eval().requires_grad_(False)
 
 
+def with_sizes(head):
+    """The head with taus as study/sizes.py finds them: copies come first in greedy decoding."""
+    sizes = [[g, 0, 0, 1 + 0.4 * g, 0.0] for g in range(1, 9)]
+    sizes += [[2, 4, 0, 2.0, 0.0], [3, 8, 0, 2.4, 0.0]]
+    sizes += [[g, n, 3, tau + 0.1, 0.5] for g, n, _, tau, _ in sizes]
+    sizes += [[0, 0, 0, 1.0, 0.0], [0, 0, 3, 1.2, 0.1]]
+    sampled = [[g, n, lookup, 1 + tau / 4, copied] for g, n, lookup, tau, copied in sizes]
+    head.sizes = {"greedy": sizes, "sampled": sampled, "lookup": {"greedy": 3, "sampled": 0}}
+    return head
+
+
 def known_text(head, tokens: torch.Tensor, hidden: torch.Tensor, room: int = 100) -> Known:
     """A text (1, T + 1) with the target's states on its first T tokens, for a plan to go on with."""
     known = Known(tokens[0, :1].tolist(), head, room)
