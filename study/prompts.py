@@ -235,11 +235,13 @@ def check_prompts(config, target, depth: int, prompts: list) -> list[int]:
 def choose_prompts(config, target, candidates: list) -> tuple[list, dict]:
     """The first `num_prompts` candidates whose plain text is free of loops, and a few that loop.
 
-    All turns of a question are played: each is a prompt, which holds the answers before it. Of
-    passages that are marked as loops only those few are decoded. Returns (prompts, counts): each
-    prompt with the number of its candidate; the number of texts, and of those that looped.
+    All turns of a question are played: each is a prompt, which holds the answers before it.
+    Passages that are marked as loops come last, and only as many are decoded as are missing: a text
+    that was marked in another dtype, or on other cores, may be another here. Returns (prompts,
+    counts): each prompt with the number of its candidate; the number of texts, and of those that
+    looped, by their marks where they were not decoded.
     """
-    free, loops, skipped, few = [], [], 0, max(1, config.num_prompts // 4)
+    free, loops, few = [], [], max(1, config.num_prompts // 4)
     as_marked = config.temperature == 0 and config.max_new_tokens == MARKED_TOKENS
 
     def plain_text(number: int, task: str, prompt: list[int]) -> list[int]:
@@ -250,7 +252,13 @@ def choose_prompts(config, target, candidates: list) -> tuple[list, dict]:
             (loops if is_loop(tokens) else free).append(Prompt(task, prompt, number, tokens))
         return tokens
 
-    for number, candidate in enumerate(candidates):
+    marked = [as_marked and candidate.loop for candidate in candidates]
+    waiting = sorted(range(len(candidates)), key=marked.__getitem__)
+    while waiting:
+        if len(free) >= config.num_prompts and not (marked[waiting[0]] and len(loops) < few):
+            break
+        number = waiting.pop(0)
+        candidate = candidates[number]
         if isinstance(candidate, Question):
             said = []
             for turn in candidate.turns:
@@ -261,13 +269,9 @@ def choose_prompts(config, target, candidates: list) -> tuple[list, dict]:
                 answer = plain_text(number, candidate.category, prompt)
                 answer = [token for token in answer if token != target.chat.stop]
                 said.append(target.chat.encoding.decode(answer))
-        elif candidate.loop and as_marked and len(loops) >= few:
-            skipped += 1
         else:
             plain_text(number, candidate.task, candidate.tokens)
-        if len(free) >= config.num_prompts:
-            break
-    looped = len(loops) + skipped
+    looped = len(loops) + sum(marked[number] for number in waiting)
     counts = {"candidates": len(free) + looped, "looped": looped}
     print(f"{counts['looped']} of {counts['candidates']} candidate prompts end in a loop")
     return free + loops[:few], counts

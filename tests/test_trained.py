@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -270,6 +271,26 @@ def test_of_marked_loops_only_a_few_are_decoded(
     chosen, counts = prompts.choose_prompts(config, target, candidates)
     assert len(made) == decoded and counts == {"candidates": 12, "looped": 8}
     assert [prompt.tokens[0] for prompt in chosen] == [2, 2, 2, 2, 1]
+
+
+def test_where_texts_loop_against_their_mark_marked_passages_step_in(tiny_run, monkeypatch):
+    """In bfloat16 half of the texts looped that were free of loops in float32: too few were left."""
+    target, _, _ = load(tiny_run.folder, None, "cpu", "float32")
+    monkeypatch.setattr(prompts, "MARKED_TOKENS", 6)
+    monkeypatch.setattr(prompts, "is_loop", lambda tokens: tokens[0] == 1)
+    texts = []
+
+    def written(target, prompt, *more, **request):
+        texts.append(prompt[0])
+        return SimpleNamespace(tokens=[prompt[0], 3, 3])
+
+    monkeypatch.setattr(prompts, "generate", written)
+    candidates = [prompts.Passage("a", [2, 2, number + 3], True) for number in range(8)]
+    candidates += [prompts.Passage("a", [first, 2, 3]) for first in (1, 2, 1, 2)]
+    config = bench.BenchConfig(num_prompts=4, max_new_tokens=6)
+    chosen, counts = prompts.choose_prompts(config, target, candidates)
+    assert texts == [1, 2, 1, 2, 2, 2] and counts == {"candidates": 12, "looped": 8}
+    assert [prompt.conversation for prompt in chosen] == [9, 11, 0, 1, 8]
 
 
 # ------------------------------------------------------------------------------ the first words
