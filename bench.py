@@ -19,8 +19,8 @@ and any difference has to be a near-tie of the target's logits, else this script
 small model repeats itself when decoded greedily, and loops flatter every draft: prompts are decoded
 plainly until enough of them give a text without a loop (at least half of its 4-grams distinct).
 Headline numbers are of those whose text loops with no method; looped ones are counted, and some are
-measured apart. This
-is the last file of the reading order; study/ holds the statistics, prompts and tables.
+measured apart. This is the last file of the reading order; study/ holds the statistics, prompts and
+tables.
 """
 
 import random

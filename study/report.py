@@ -13,9 +13,11 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 
+from drafts import ALONE, COPIED, GAMMA, MATCH
 from plumbing.curves import colours, read_log
 from plumbing.files import load_checkpoint
-from targets.loading import TRAINED
+from study.statistics import evaluate
+from targets.loading import SIZES, TRAINED
 
 # Each target's measurements of a second layer: eagle-koala against eagle in a benchmark, and
 # eagle-k2 against eagle-original in ablations.
@@ -23,12 +25,16 @@ GAINS = {"small GPT, 16 layers": ("cpu-greedy", ["ablation-pairs", "ablation-lon
 GAINS |= {"SmolLM2, 30 layers": ("smollm2-four", [])}
 # The benchmarks of README's table.
 SUMMARY = {"cpu-greedy": "small GPT, greedy", "cpu-sampled": "small GPT, temperature 1"}
-SUMMARY |= {"smollm2-four": "SmolLM2-135M, greedy", "smollm2-greedy": "the same, without AMX"}
+SUMMARY |= {"smollm2-greedy": "SmolLM2, greedy"}
+# Those beside which all sizes were decoded, after validation and after test prompts.
+SIZED = ("cpu-greedy", "smollm2-greedy")
+RUNS = {"cpu": "small GPT", "smollm2": "SmolLM2"}  # that came with the code
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "results"
 DOCUMENTS = (ROOT / "README.md", ROOT / "RESULTS.md", ROOT / "trained/README.md")
 # The discriminator's figures, see discriminator.py, and their names in tables.
 JUDGED = {"share_found": "share", "gradient_ratio": "gradients", "cosine": "cosine"}
+JUDGED |= {"cosine_of_p": "of CE", "dose": "dose"}
 # Of all plots: their text can be read when they are shown at half size.
 STYLE = {"font.size": 12, "axes.titlesize": 13, "legend.frameon": False, "savefig.dpi": 120}
 STYLE |= {"figure.constrained_layout.use": True, "axes.grid": True, "grid.alpha": 0.3}
@@ -44,10 +50,10 @@ def table(header: str, rows: list[list]) -> str:
     return "\n".join([header, "|" + "---|" * len(names), *body])
 
 
-def with_interval(value: float, interval: list[float], digits: int = 2) -> str:
+def with_interval(value: float, interval: list[float], digits: int = 2, unit: str = "") -> str:
     """A figure with its 95 % interval behind it."""
     low, high = interval
-    return f"{value:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+    return f"{value:.{digits}f}{unit} [{low:.{digits}f}, {high:.{digits}f}]"
 
 
 def draft_name(method: dict) -> str:
@@ -96,7 +102,7 @@ def conditions(result: dict) -> str:
 
 
 def bench_tables(result: dict, fold: bool = False) -> str:
-    """A benchmark's conditions and three tables. `fold`: the last, by task, is shown on a click."""
+    """A benchmark's conditions and three tables. `fold`: the last two are shown on a click."""
     figures, config, rows = result["figures"], result["config"], []
     greedy = config["temperature"] == 0
 
@@ -107,7 +113,7 @@ def bench_tables(result: dict, fold: bool = False) -> str:
     for name, f in figures["heads"].items():
         method, tau = result["methods"][name], with_interval(f["tau"], f["tau_interval"])
         loops = f"{f['tau_on_loops']:.2f}" if f["tau_on_loops"] else "none"
-        speedup = with_interval(f["speedup"], f["speedup_interval"])
+        speedup = with_interval(f["speedup"], f["speedup_interval"], unit="x")
         speedup += range_of(*f["speedup_range"], 2)
         row = [method["head"], draft_name(method), tau, loops, speedup]
         row += [f"{f['predicted_speedup']:.2f}x", f"{f['c_verify']:.2f} + {f['c_draft']:.2f}"]
@@ -122,12 +128,17 @@ def bench_tables(result: dict, fold: bool = False) -> str:
             speed = with_interval(f["net_speed"], f["net_speed_interval"], 3)
             speed += range_of(*f["net_speed_range"], 3)
             rows.append([name, f["with"], ratio, speed, f"{f['predicted']:.3f}"])
+    further = {}
     if rows:
         header = "this | against | tau ratio [95 %] | net speed [95 %] (runs) | predicted"
-        parts.append(table(header, rows))
-    title = "By task (loop-free prompts): tau, speedup measured (and predicted)"
-    parts += [f"<details><summary>{title}</summary>" if fold else title, task_table(result)]
-    return "\n\n".join([*parts, "</details>"] if fold else parts)
+        further["Two methods compared"] = table(header, rows)
+    by_task = "By task (loop-free prompts): tau, speedup measured (and predicted)"
+    for title, body in (further | {by_task: task_table(result)}).items():
+        if fold:
+            title = f"<details><summary>{title}</summary>"
+            body += "\n\n</details>"
+        parts += [title, body]
+    return "\n\n".join(parts)
 
 
 def task_table(result: dict) -> str:
@@ -162,9 +173,52 @@ def summary_table() -> str:
         for method in dict.fromkeys([*usual, fastest]):
             f, draft = heads[method], draft_name(methods[method]).removesuffix(" (chosen)")
             tau = with_interval(f["tau"], f["tau_interval"])
-            row = [label, methods[method]["head"], draft, tau, f"{f['speedup']:.2f}x"]
+            speedup = with_interval(f["speedup"], f["speedup_interval"], unit="x")
+            row = [label, methods[method]["head"], draft, tau, speedup]
             rows.append([*row, f"{f['predicted_speedup']:.2f}x"])
-    return table("target, decoding | head | draft | tau [95 %] | speedup | predicted", rows)
+    return table("target, decoding | head | draft | tau [95 %] | speedup [95 %] | predicted", rows)
+
+
+def auto_table() -> str:
+    """The size that `auto` chose, against the one measured fastest on validation prompts.
+
+    Both speeds are measured on test prompts.
+    """
+    rows = []
+    for name in SIZED:
+        valid, test = (read_result(f"sizes-{name}-{part}") for part in ("valid", "test"))
+        measured, methods = valid["figures"]["heads"], test["methods"]
+        for auto in [name for name, method in methods.items() if method["chosen"]]:
+            head = methods[auto]["head"]
+            fixed = [n for n, m in methods.items() if m["head"] == head and not m["chosen"]]
+            best = max(fixed, key=lambda name: measured[name]["speedup"])
+            keys = ("samples", "seconds", "isolated_seconds")
+            parts = [test[key] for key in keys]
+            found = evaluate(methods, test["config"]["seed"], *parts, {auto: [best, head]})
+            ratios = [
+                with_interval(f["net_speed"], f["net_speed_interval"], 3)
+                for f in found["comparisons"][auto]
+            ]
+            sizes = [draft_name(methods[m]).removesuffix(" (chosen)") for m in (best, auto)]
+            rows.append([SUMMARY[name], head, *sizes, *ratios])
+    header = "target, decoding | head | fastest on validation prompts | chosen by costs"
+    return table(f"{header} | its net speed [95 %] | that against a chain of 4 [95 %]", rows)
+
+
+def copies_table() -> str:
+    """The predicted speedup of copies by match and by length, along validation texts."""
+    rows, matches, lengths = [], (1, 2, 3, 4), (2, 4, 6, 12, 16)
+    for run, label in RUNS.items():
+        found = json.loads((TRAINED / run / SIZES).read_text("utf-8"))["copies"]
+        for kind in ("greedy", "sampled"):
+            for name, match in (("alone", ALONE), ("eagle", MATCH)):
+                speed = {tuple(row[:2]): f"{row[-1]:.2f}" for row in found[f"{name}, {kind}"]}
+                beside = "copies alone" if name == "alone" else f"before {name}'s chain of {GAMMA}"
+                row = [f"{label}, {kind}", beside, *(speed[COPIED, m] for m in matches), match]
+                rows.append([*row, *(speed[n, match] for n in lengths)])
+    header = [f"match {m}, {COPIED} copied" for m in matches] + ["match"]
+    header += [f"{n} copied" for n in lengths]
+    return table(" | ".join(["target, decoding", "draft", *header]), rows)
 
 
 def trained_table() -> str:
@@ -187,10 +241,14 @@ def trained_table() -> str:
     return table(header, rows)
 
 
+SPECIAL = {"results/*.json": summary_table, "trained": trained_table}
+SPECIAL |= {"auto": auto_table, "copies": copies_table}
+
+
 def tables_of(name: str) -> str:
     """The tables of a block with this name, see `with_tables`."""
-    if name in ("results/*.json", "trained"):
-        return summary_table() if name == "results/*.json" else trained_table()
+    if name in SPECIAL:
+        return SPECIAL[name]()
     result = read_result(Path(name).stem)
     return ablation_table(result) if "cells" in result else bench_tables(result, True)
 
@@ -198,9 +256,9 @@ def tables_of(name: str) -> str:
 def with_tables(text: str) -> str:
     """A document with new tables in each block from `<!-- NAME -->` to `<!-- end -->`.
 
-    NAME is results/FILE.json, for that result; results/*.json, for the summary; or trained.
+    NAME is results/FILE.json, for that result; or one of SPECIAL.
     """
-    block = r"(<!-- (results/[^ ]+\.json|trained) -->\n).*?<!-- end -->"
+    block = r"(<!-- (results/[^ ]+\.json|trained|auto|copies) -->\n).*?<!-- end -->"
     return re.sub(
         block,
         lambda found: f"{found[1]}{tables_of(found[2])}\n<!-- end -->",

@@ -125,8 +125,11 @@ def references(methods: dict) -> dict[str, list[str]]:
     return {name: others for name, others in found.items() if others}
 
 
-def evaluate(methods: dict, seed: int, samples: list, seconds: dict, costs: dict) -> dict:
-    """The figures of each method (bench.Method) from the samples; the headline is loop-free."""
+def evaluate(methods: dict, seed: int, samples: list, seconds: dict, costs: dict, pairs=None):
+    """The figures of each method (bench.Method) from the samples; the headline is loop-free.
+
+    `pairs`: the methods to compare each with, {name: [others]}, in place of `references`.
+    """
     free = np.array([not s["loop"] for s in samples])
     use = free if free.any() else ~free
     names = sorted({s["task"] for s in samples})
@@ -193,10 +196,12 @@ def evaluate(methods: dict, seed: int, samples: list, seconds: dict, costs: dict
             "predicted": ours["predicted_speedup"] / theirs["predicted_speedup"],
         }
 
-    pairs = references(methods).items()
+    pairs = references(methods) if pairs is None else pairs
     return {
         "heads": heads,
-        "comparisons": {name: [compared(name, o) for o in others] for name, others in pairs},
+        "comparisons": {
+            name: [compared(name, other) for other in others] for name, others in pairs.items()
+        },
         "autoregressive_tokens_per_second": float(np.median(plain)),
         "prompts": len(samples),
         "headline": "loop-free" if free.any() else "all loops",

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from study import report
 from study.ablation import compared
 from study.report import DOCUMENTS, RESULTS, with_tables
 from study.statistics import evaluate, reckoned
@@ -36,8 +37,10 @@ def test_tables_are_those_of_the_committed_results(document):
 def test_every_result_has_its_table():
     text = (ROOT / "RESULTS.md").read_text("utf-8")
     for path in RESULTS.glob("*.json"):
-        if path.stem not in ("ablation-long", "ablation-seed1"):  # a point of a plot, and of a text
-            assert f"<!-- results/{path.name} -->" in text, path.name
+        # A point of a plot, and of a text; and rows of the table of `auto`.
+        known = {"ablation-long": "", "ablation-seed1": "", "sizes": "<!-- auto -->"}
+        of_many = known.get(path.stem, known.get(path.stem.split("-")[0]))
+        assert (f"<!-- results/{path.name} -->" if of_many is None else of_many) in text, path.name
 
 
 def test_every_glossary_name_exists_in_its_file():
@@ -212,6 +215,43 @@ def test_koala_is_compared_with_its_original_and_trees_with_their_chain():
         "eagle-koala auto": ["eagle auto", "eagle-koala chain"],
     }
     assert found["eagle-koala chain"][0]["net_speed"] == pytest.approx(1.5)
+    asked = {"eagle auto": ["eagle-koala chain", "eagle chain"]}
+    found = evaluate(methods, 0, [row], seconds, costs, asked)["comparisons"]
+    assert list(found) == ["eagle auto"]
+    assert [f["net_speed"] for f in found["eagle auto"]] == [pytest.approx(2 / 3), 1.0]
+
+
+def test_the_size_that_auto_chose_is_compared_with_the_best_on_validation_prompts(monkeypatch):
+    settings = {"eagle": "chain", "eagle chain 2": "chain 2", "eagle auto": "auto"}
+    methods = {
+        name: {"head": "eagle", "setting": setting, "gamma": 4, "nodes": 0, "lookup": 0}
+        | {"chosen": "measured" if setting == "auto" else None}
+        for name, setting in settings.items()
+    }
+    methods["eagle chain 2"]["gamma"] = 2
+    row = sample([3, 3], 2)
+    row["methods"] |= dict.fromkeys(methods, row["methods"]["eagle"])
+    speeds = {"eagle": 3.0, "eagle chain 2": 1.0, "eagle auto": 2.0}  # on test prompts
+    test = {
+        "methods": methods,
+        "samples": [row],
+        "seconds": {"autoregressive": [[6.0]]} | {n: [[6 / s]] for n, s in speeds.items()},
+        "isolated_seconds": costs_of(
+            {name: {"verify": 1.0, "draft": 1.0, "absorb": 0.0} for name in methods}
+        ),
+        "config": {"seed": 0},
+    }
+    # The chain of 2 was the fastest on validation prompts: what is fastest here does not count.
+    found = {"eagle": 1.1, "eagle chain 2": 1.3, "eagle auto": 1.4}
+    valid = {"figures": {"heads": {name: {"speedup": s} for name, s in found.items()}}}
+    results = {"sizes-a-valid": valid, "sizes-a-test": test}
+    monkeypatch.setattr(report, "read_result", results.get)
+    monkeypatch.setattr(report, "SIZED", ("a",))
+    monkeypatch.setattr(report, "SUMMARY", {"a": "small GPT"})
+    *_, line = report.auto_table().splitlines()
+    cells = [cell.strip() for cell in line.strip("|").split("|")]
+    assert cells[:4] == ["small GPT", "eagle", "chain of 2", "chain of 4"]
+    assert cells[4].startswith("2.000 [") and cells[5].startswith("0.667 [")
 
 
 def test_a_text_that_repeats_itself_is_a_loop():
