@@ -33,6 +33,11 @@ by a constant, and a constant does nothing, since the changes of q sum to 0.
 So at D = D* the gradient of L_adv is that of 2 KL(m || p). D* itself needs no training
 (`exact_logits`): it is the control that a learnt D has to beat before it deserves any credit.
 
+**Why it adds nothing where p is in the loss.** Put q = p (1 + d), with sum p d = 0. Then -log D* =
+log(1 + q / p) = ln 2 + d / 2 + O(d^2), and by the logits z of the head dL_adv / dz = q times that,
+less its mean: (q - p) / 2 + O(d^2). That is half of dCE(p, q) / dz = q - p. Near p the game is a
+larger weight on a loss that is there already. What it can replace is p: study/README.md, labels.
+
 **Why this form.** EAGLE's q is softmax(W h') and p is softmax(W h+). So the logits of D*,
 log p - log q, are <W[x], h+ - h'> + const: linear in W[x], as those of the D below are.
 
@@ -40,7 +45,7 @@ log p - log q, are <W[x], h+ - h'> + const: linear in W[x], as those of the D be
 `share_found` tells: (2 ln 2 - L_D) / (2 JS) is 0 for a D that knows nothing, 1 for the best, and
 negative for a D that is misled. `cosine` compares two directions of the head's logits: that in
 which L_adv sends them, and that in which alpha rises most. Near 0 the game hardly helps, however
-clever D is.
+clever D is. `cosine_of_p` is its yardstick: that of CE(p, q), which sends them along p - q.
 
 Read next: train.py.
 """
@@ -51,7 +56,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sampling import acceptance
+from sampling import acceptance, probabilities
 
 
 class Discriminator(nn.Module):
@@ -59,8 +64,9 @@ class Discriminator(nn.Module):
 
     The context c is h_t, from which the head guessed, the target's own state h+ = h_{t+i} at the
     guessed place, and the draft position i. The head cannot see h+, and D is never needed for
-    decoding. g and b are one small network, so that one product with W scores the whole vocabulary.
-    In shapes D is the width of a state.
+    decoding. A *blind* D is shown the head's own guess h' in place of h+, and the text's token in
+    place of p: it knows no more than the head does. g and b are one small network, so that one
+    product with W scores the whole vocabulary. In shapes D is the width of a state.
     """
 
     def __init__(self, lm_head: Tensor, num_positions: int, hidden: int = 512):
@@ -79,7 +85,8 @@ class Discriminator(nn.Module):
         self._frozen = (lm_head.detach(),)  # in a tuple: neither a parameter nor saved with D
 
     def context(self, h_from: Tensor, h_to: Tensor, position: int) -> Tensor:
-        """States (.., D): `h_from`, the h_t of the context, and `h_to`, its h+. `position`: from 0.
+        """States (.., D): `h_from`, the h_t of the context, and `h_to`, its h+, or the head's guess
+        of it. `position`: from 0.
 
         Returns g and b (.., D + 1).
         """
@@ -122,6 +129,13 @@ def centred(score: Tensor, q: Tensor) -> Tensor:
     return score - (q * score).sum(-1, keepdim=True)
 
 
+def gradient_norm(head, loss: Tensor) -> float:
+    """||grad loss|| over the head's parameters; keeps the graph."""
+    parameters = [w for w in head.parameters() if w.requires_grad]
+    grads = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
+    return math.sqrt(sum(g.square().sum().item() for g in grads if g is not None))
+
+
 def health(logits: Tensor, p: Tensor, q: Tensor) -> dict[str, float]:
     """The figures of D on a batch; the file's docstring tells what to expect of each."""
     loss = discriminator_loss(logits, p, q).item()
@@ -131,8 +145,39 @@ def health(logits: Tensor, p: Tensor, q: Tensor) -> dict[str, float]:
     taught = q * centred(F.logsigmoid(logits), q)  # - d L_adv / d z
     return {
         "cosine": F.cosine_similarity(taught, wanted, dim=-1).mean().item(),
+        "cosine_of_p": F.cosine_similarity(p - q, wanted, dim=-1).mean().item(),
         "d_loss": loss,
         "share_found": (2 * math.log(2) - loss) / (2 * js) if js > 0 else 0.0,
         "d_accuracy": right.mean().item() / 2,
         "d_accuracy_bound": 1 - acceptance(p, q).mean().item() / 2,
     }
+
+
+# ------------------------------------------------------------------------- figures for the log
+
+
+def in_parts(training, guess, batch, weight: float) -> tuple[Tensor, dict]:
+    """The head's loss (), L_sup and L_adv computed apart, and the figures of both.
+
+    `training`: a train.HeadTraining, `weight`: lambda by now.
+    """
+    loss = training.head_loss(guess, batch)
+    figures = {"loss_sup": loss.item()}
+    if weight == 0:
+        return loss, figures
+    adversarial = training.head_loss(guess, batch, 0.0, 1.0)
+    figures["loss_adv"] = adversarial.item()
+    sizes = [gradient_norm(training.head, part) for part in (loss, adversarial)]
+    figures["gradient_ratio"] = weight * sizes[1] / max(sizes[0], 1e-12)
+    return loss + weight * adversarial, figures | health_of(training, guess, batch)
+
+
+@torch.no_grad()
+def health_of(training, guess, batch) -> dict[str, float]:
+    """D's figures, the mean over draft positions, each by about a thousand rows of the batch."""
+    each = []
+    for index, _, rows, to_logits in training.positions(guess, batch):
+        state, h_from, h_to, _ = (values[:: -(-len(values) // 1024)] for values in rows)
+        p, q = probabilities(h_to, training.lm_head), probabilities(state, to_logits)
+        each.append(health(training.judged(index, h_from, h_to, state, p, q), p, q))
+    return {key: sum(one[key] for one in each) / len(each) for key in each[0]}

@@ -300,14 +300,14 @@ class Eagle(nn.Module):
             guesses.append(batch.rows(states[:, own:], own + 1))
         return Guess(guesses, [self.lm_head()] * own_steps)
 
-    def supervised_loss(self, logits, p, state, true, feature_weight=1.0):
+    def supervised_loss(self, logits, label, state, true, feature_weight=1.0):
         """SmoothL1(h', h) + 0.1 CE(p, q), a mean () over N rows: EAGLE, section 3.2.
 
-        logits and p (N, S), the guessed states and the true ones (N, D). `feature_weight`: of
-        SmoothL1; EAGLE-3 does without.
+        logits (N, S), the guessed states and the true ones (N, D). `label`: p (N, S), or in trials
+        the text's tokens (N,), or None: no CE. `feature_weight`: of SmoothL1; EAGLE-3 does without.
         """
-        feature = F.smooth_l1_loss(state.float(), true)
-        return feature_weight * feature + 0.1 * F.cross_entropy(logits, p)
+        loss = feature_weight * F.smooth_l1_loss(state.float(), true)
+        return loss if label is None else loss + 0.1 * F.cross_entropy(logits, label)
 
     @torch.no_grad()
     def prepare(self, target: GPT, batch: Batch) -> None:

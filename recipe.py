@@ -107,12 +107,22 @@ class TrainConfig:
     )
     own_from: float = of_head(0.6, "share of steps before own_steps", least=0, most=1, **hidden)
     feature_weight: float = of_head(1.0, "weight of states in EAGLE's loss", least=0, **hidden)
+    labels: str = of_head(
+        "own",
+        "soft, the target's p; hard, the text's tokens; none; own: the kind's, soft for EAGLE",
+        choices=["own", "soft", "hard", "none"],
+        **hidden,
+    )
     head_mlp_width: int = of_head(0, "of EAGLE's MLPs; 0: the target's", least=0, **hidden)
 
     adversarial_weight: float | None = named(
         None, f"lambda; default: 0, and {KOALA_WEIGHT} for ...-koala", least=0
     )
-    discriminator: str = of_d("learnt", "exact: the closed form", choices=["learnt", "exact"])
+    discriminator: str = of_d(
+        "learnt",
+        "exact: the closed form; blind: sees what the head sees, and the text's tokens, never p",
+        choices=["learnt", "exact", "blind"],
+    )
     joint_from: float = of_d(0.6, "share of steps before the joint part", least=0, most=1)
     discriminator_steps: int = of_d(200, "steps of D alone before the joint part", least=0)
     discriminator_lr: float = of_d(1e-3, "peak learning rate; falls with the head's", above=0)
@@ -232,6 +242,7 @@ def head_settings(config: TrainConfig, name: str, target_print: str) -> dict:
     """The settings that this head has to have been made with; `config` is that `of_head`."""
     layers, weight = config.layers_and_weight(name)
     unused = {"head_data_tokens" if config.head_data == "self" else "written_tokens"}
+    unused |= {"labels"} if config.labels == "own" else set()  # older heads know of no other
     if weight == 0:
         unused |= {"discriminator", "discriminator_steps", "discriminator_lr", "joint_from"}
     known = {k: v for k, v in recorded(config, "head").items() if k not in unused}

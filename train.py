@@ -22,7 +22,6 @@ KOALA: K = 2, lambda > 0}. It can be interrupted at any time: the same command g
 stopped. Read next: costs.py.
 """
 
-import math
 from functools import partial
 from pathlib import Path
 
@@ -31,20 +30,41 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from costs import measure_acceptance
-from discriminator import Discriminator, adversarial_loss, discriminator_loss, exact_logits, health
+from discriminator import (
+    Discriminator,
+    adversarial_loss,
+    discriminator_loss,
+    exact_logits,
+    in_parts,
+)
 from draft_head import Batch, Guess, HeadConfig, build_head
 from plumbing.cli import UserError, parse, run
 from plumbing.curves import heads_table, plot_training
 from plumbing.files import load_checkpoint, round_weights
 from plumbing.machine import Autocast, choose_autocast, choose_device, keep_heap, origin, trim_heap
-from plumbing.progress import LOG_LINES, Progress, batch_indices, check_same, is_due, schedule
+from plumbing.progress import (
+    LOG_LINES,
+    Progress,
+    batch_indices,
+    check_same,
+    dose,
+    is_due,
+    schedule,
+)
 from plumbing.rows import in_pieces
 from recipe import PRESETS, TrainConfig, head_settings, target_settings, usual_preset
 from sampling import probabilities
 from targets.features import corpus, evenly
 from targets.loading import came_along, copy_target
 from targets.pretrained import find_source, import_target, source_settings
-from targets.runs import get_target, load_target, save_head, settings_of, trained_heads
+from targets.runs import (
+    get_target,
+    load_target,
+    save_head,
+    settings_of,
+    trained_heads,
+    weights_to_start,
+)
 from targets.small import train_target
 from targets.text import Text, packages_for, read_text
 from targets.written import self_written
@@ -83,11 +103,18 @@ class HeadTraining:
         head_lr: float = 2e-3,
         discriminator_lr: float = 1e-3,
         feature_weight: float = 1.0,
+        labels: str = "own",
+        blind: bool = False,
     ):
-        """`weight`: lambda. `discriminator=None`: L_adv takes the best one, D* = p / (p + q)."""
+        """`weight`: lambda. `discriminator=None`: L_adv takes the best one, D* = p / (p + q).
+
+        `labels`, `blind`: see recipe.py.
+        """
         self.target, self.head, self.discriminator = target, head, discriminator
         self.weight, self.autocast, self.feature_weight = weight, autocast, feature_weight
-        self.head_lr, self.discriminator_lr = head_lr, discriminator_lr
+        self.head_lr, self.discriminator_lr, self.blind = head_lr, discriminator_lr, blind
+        usual = "soft" if head.learns_p else "hard"
+        self.labels = usual if labels == "own" else labels
         self.optimizer = torch.optim.AdamW(
             head.parameters(), lr=head_lr, betas=(0.9, 0.95), fused=True
         )
@@ -159,7 +186,7 @@ class HeadTraining:
         weight, figures = self.weight if part == "joint" else 0.0, {}
         with self.autocast():
             if log:
-                loss, figures = self.loss_in_parts(guess, batch, weight)
+                loss, figures = in_parts(self, guess, batch, weight)
             else:
                 loss = self.head_loss(guess, batch, 1.0, weight)
         update(self.optimizer, self.head_lr * rate, loss, clip=True)
@@ -172,8 +199,9 @@ class HeadTraining:
         of all rows are never there at once.
         """
         total = 0.0
-        for index, weight, (state, h_from, h_to, _), to_logits in self.positions(guess, batch):
-            rows = self.discriminator.context(h_from, h_to, index), state, h_to
+        for index, weight, (state, h_from, h_to, token), to_logits in self.positions(guess, batch):
+            seen = state if self.blind else h_to
+            rows = self.discriminator.context(h_from, seen, index), state, h_to, token
             total = total + weight * in_pieces(self.d_loss_at, self.piece, rows, to_logits)
         return total
 
@@ -199,64 +227,34 @@ class HeadTraining:
             rows = state, h_from, h_to, token
             yield i - 1, self.head.position_weights[i - 1], rows, to_logits.to(self.lm_head.dtype)
 
-    def d_loss_at(self, context, state, h_to, to_logits) -> Tensor:
+    def d_loss_at(self, context, state, h_to, token, to_logits) -> Tensor:
         """L_D of one draft position, for a piece of its rows.
 
         `context`: g and b of each row. Through them the gradient reaches D's weights; `in_pieces`
         hands it on to its inputs only.
         """
         p, q = probabilities(h_to, self.lm_head), probabilities(state, to_logits)  # (N, S)
+        p = F.one_hot(token, p.shape[-1]).to(p.dtype) if self.blind else p
         return discriminator_loss(self.discriminator.score(context).float(), p, q)
 
     def head_loss_at(self, index, sup, adv, state, h_from, h_to, token, to_logits) -> Tensor:
         """sup * L_sup + adv * L_adv of one draft position, for a piece of its rows."""
         logits = F.linear(state, to_logits).float()  # (N, S)
-        p = probabilities(h_to, self.lm_head) if self.head.learns_p or adv else None
-        label = p if self.head.learns_p else token
+        p = probabilities(h_to, self.lm_head) if self.labels == "soft" or adv else None
+        label = {"soft": p, "hard": token, "none": None}[self.labels]
         loss = sup * self.head.supervised_loss(logits, label, state, h_to, self.feature_weight)
         if adv:
             q = logits.softmax(-1)  # the lesson of the discriminator comes through q alone
-            loss = loss + adv * adversarial_loss(self.judged(index, h_from, h_to, p, q), q)
+            loss = loss + adv * adversarial_loss(self.judged(index, h_from, h_to, state, p, q), q)
         return loss
 
     @torch.no_grad()
-    def judged(self, index: int, h_from: Tensor, h_to: Tensor, p: Tensor, q: Tensor) -> Tensor:
+    def judged(self, index: int, h_from, h_to, state, p: Tensor, q: Tensor) -> Tensor:
         """The discriminator's logits (N, S), without a gradient."""
         if self.discriminator is None:
             return exact_logits(p, q)
-        return self.discriminator.score(self.discriminator.context(h_from, h_to, index)).float()
-
-    # ------------------------------------------------------------------- figures for the log
-
-    def loss_in_parts(self, guess: Guess, batch: Batch, weight: float) -> tuple[Tensor, dict]:
-        """The head's loss, L_sup and L_adv computed apart, and the figures of both."""
-        loss = self.head_loss(guess, batch)
-        figures = {"loss_sup": loss.item()}
-        if weight == 0:
-            return loss, figures
-        adversarial = self.head_loss(guess, batch, 0.0, 1.0)
-        figures["loss_adv"] = adversarial.item()
-        sizes = [gradient_norm(self.head, part) for part in (loss, adversarial)]
-        figures["gradient_ratio"] = weight * sizes[1] / max(sizes[0], 1e-12)
-        return loss + weight * adversarial, figures | self.health(guess, batch)
-
-    @torch.no_grad()
-    def health(self, guess: Guess, batch: Batch) -> dict[str, float]:
-        """The discriminator's figures (see its file), the mean over draft positions, each by about
-        a thousand rows from the whole batch."""
-        each = []
-        for index, _, rows, to_logits in self.positions(guess, batch):
-            state, h_from, h_to, _ = (values[:: -(-len(values) // 1024)] for values in rows)
-            p, q = probabilities(h_to, self.lm_head), probabilities(state, to_logits)
-            each.append(health(self.judged(index, h_from, h_to, p, q), p, q))
-        return {key: sum(one[key] for one in each) / len(each) for key in each[0]}
-
-
-def gradient_norm(head, loss: Tensor) -> float:
-    """||grad loss|| over the head's parameters; keeps the graph."""
-    parameters = [w for w in head.parameters() if w.requires_grad]
-    grads = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
-    return math.sqrt(sum(g.square().sum().item() for g in grads if g is not None))
+        context = self.discriminator.context(h_from, state if self.blind else h_to, index)
+        return self.discriminator.score(context).float()
 
 
 # ----------------------------------------------------------------------------------- the loop
@@ -275,13 +273,12 @@ def new_training(config: TrainConfig, name: str, target, autocast: Autocast) -> 
     torch.manual_seed(config.seed)
     head, discriminator = build_head(shape_of(config, name, target), target), None
     _, weight = config.layers_and_weight(name)
-    if weight > 0 and config.discriminator == "learnt":
+    if weight > 0 and config.discriminator != "exact":
         rows = head.vocabulary.rows(target.lm_head.weight)
         discriminator = Discriminator(rows, head.max_draft or config.own_steps).to(rows.device)
     rates = config.head_lr, config.discriminator_lr
-    return HeadTraining(
-        target, head, discriminator, weight, autocast, *rates, config.feature_weight
-    )
+    how = config.feature_weight, config.labels, config.discriminator == "blind"
+    return HeadTraining(target, head, discriminator, weight, autocast, *rates, *how)
 
 
 def train_head(
@@ -311,7 +308,9 @@ def train_head(
         training.begin(train)
     else:
         if progress.step == 0:
-            head.load_state_dict(weights_to_start(config, head.config, settings["target"]))
+            head.load_state_dict(
+                weights_to_start(Path(config.init), head.config, settings["target"])
+            )
             progress.keep_if_best(measure()["tau_estimate"], head, step=0)
         training.ready()
     coverage = head.vocabulary.coverage(valid.counts().to(target.embed.weight.device))
@@ -358,21 +357,12 @@ def train_head(
         "seconds": seconds,
         "parameters": sum(p.numel() for p in head.parameters()),
         "coverage": coverage,  # share of held-out text whose tokens it can guess
+        "dose": dose(joint_from, steps) if training.weight > 0 else None,
         "valid": held_out,
         "log": [row for row in progress.rows if "tau_estimate" in row],
     }
     save_head(config.folder / f"{name}.pt", head, settings["target"], record)
     progress.finish()
-
-
-def weights_to_start(config: TrainConfig, shape: HeadConfig, target_print: str) -> dict:
-    """The weights of the head that --init names. Raises UserError where they do not fit."""
-    checkpoint = load_checkpoint(Path(config.init), "draft head")
-    if checkpoint["target"] != target_print:
-        raise UserError(f"--init {config.init}: that head was trained for another target")
-    if HeadConfig(**checkpoint["config"]) != shape:
-        raise UserError(f"--init {config.init}: that head has another shape: {shape}")
-    return checkpoint["weights"]
 
 
 # --------------------------------------------------------------------------------------- main
@@ -404,7 +394,7 @@ def train_heads(config: TrainConfig, text: Text | None, device, autocast: Autoca
             print(f"{name}: trained already")
             continue
         if own.init is not None:  # refused before any text is written
-            weights_to_start(own, shape_of(own, name, target), target_print)
+            weights_to_start(Path(own.init), shape_of(own, name, target), target_print)
         if own.head_data not in data:
             data[own.head_data] = head_data(own, target, checkpoint, text, autocast)
         train_head(own, name, target, settings, *data[own.head_data], autocast)

@@ -164,6 +164,12 @@ def schedule(step: int, steps: int) -> float:
     return min(1.0, (step + 1) / warm, (steps - step) / cool)
 
 
+def dose(joint_from: int, steps: int) -> dict:
+    """How much D had to say: the head's joint steps, their share of the sum of learning rates."""
+    rates = [schedule(step, steps) for step in range(steps)]
+    return {"steps": steps - joint_from, "share": sum(rates[joint_from:]) / sum(rates)}
+
+
 def batch_indices(count: int, per_step: int, step: int, seed: int) -> Tensor:
     """The windows that make up a step: every window once an epoch, in an order of the seed's.
 

@@ -60,6 +60,33 @@ CELLS = {
     "eagle-own-nofeature": SUPERVISED | OWN | dict(feature_weight=0.0),
     "eagle-own-koala": OWN,
 }
+# What EAGLE's loss is told of the target, and who else tells it: labels x discriminator, one layer.
+# `none`: its states; `hard`: the tokens; `hardfeature`: both; `soft`: the recipe, states and p.
+LABELS = {
+    "none": dict(labels="none"),
+    "hard": dict(labels="hard", feature_weight=0.0),
+    "hardfeature": dict(labels="hard"),
+    "soft": {},
+}
+# Each plays from the first tenth of the steps on. lambda = 0.2 pulls, near p, as much as EAGLE's
+# 0.1 of a cross entropy with p: see discriminator.py.
+GAME = dict(layers=1, adversarial_weight=0.2, joint_from=0.1)
+CELLS |= {f"eagle-{name}": ORIGINAL | label for name, label in LABELS.items() if label}
+CELLS |= {
+    f"eagle-{name}-{judge}": GAME | label | dict(discriminator=judge)
+    for name, label in LABELS.items()
+    for judge in ("exact", "learnt", "blind")
+    if judge != "blind" or "hard" in name
+}
+DOSES = (0.1, 0.3, 1.0, 3.0)  # of `exact` where p is in the loss
+CELLS |= {
+    f"eagle-soft-exact-{weight:g}": GAME | dict(discriminator="exact", adversarial_weight=weight)
+    for weight in DOSES
+}
+CELLS |= {  # steps of D alone before the game
+    f"eagle-hard-learnt-{steps}": GAME | LABELS["hard"] | dict(discriminator_steps=steps)
+    for steps in (0, 1000)
+}
 # The control of a cell, where it is not `k2`. Committed results hold a cell that is gone,
 # eagle-own-window: its comparison stays.
 CONTROLS = dict.fromkeys(["original", "wide", "k2", "k3", "own-original"], "original")
@@ -161,6 +188,8 @@ def figures(record: dict, folder: Path) -> dict:
     kept["tau_tuned"], kept["heat"] = max(zip(lengths, TEMPERATURES))
     kept |= {key: record[key] for key in ("parameters", "seconds", "kept_step")}
     kept["head_tokens"] = record["settings"]["head_tokens"]
+    if record.get("dose"):
+        kept["dose"] = record["dose"]["share"]
     log = read_log(folder / f"{record['name']}.csv")
     return kept | {key: log[key][1][-1] for key in JUDGED if log.get(key)}
 
@@ -193,6 +222,10 @@ def student_interval(values: list[float]) -> list[float]:
 def control_of(cell: str) -> str:
     """The cell that this one is compared with: the same without one ingredient."""
     kind, name = cell.split("-", 1)
+    label, _, judge = name.partition("-")
+    if label in LABELS:  # without a game: the recipe's; with one: the same without it
+        name = "original" if label == "soft" or not judge else label
+        return f"{kind}-{name}"
     return f"{kind}-{CONTROLS.get(name, 'k2')}"
 
 

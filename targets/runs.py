@@ -135,3 +135,13 @@ def trained_heads(folder: Path) -> list[str]:
     """The names of the heads in a run's folder."""
     names = [path.name.removesuffix(".pt") for path in folder.glob("*.pt")]
     return sorted(n for n in names if n.startswith(tuple(KINDS)) and ".progress" not in n)
+
+
+def weights_to_start(path: Path, shape: HeadConfig, target_print: str) -> dict:
+    """The weights of the head that --init names. Raises UserError where they do not fit."""
+    checkpoint = load_checkpoint(path, "draft head")
+    if checkpoint["target"] != target_print:
+        raise UserError(f"--init {path}: that head was trained for another target")
+    if HeadConfig(**checkpoint["config"]) != shape:
+        raise UserError(f"--init {path}: that head has another shape: {shape}")
+    return checkpoint["weights"]

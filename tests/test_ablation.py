@@ -11,7 +11,7 @@ import torch
 from plumbing.cli import UserError
 from plumbing.files import load_checkpoint, save_checkpoint
 from plumbing.machine import Autocast
-from recipe import head_settings
+from recipe import KOALA_WEIGHT, head_settings
 from study import ablation
 from study.ablation import (
     CELLS,
@@ -127,8 +127,9 @@ def test_the_wide_head_is_as_large_as_two_layers(recipe):
 def test_a_cell_is_compared_with_one_that_differs_in_one_ingredient(cell):
     other = control_of(cell)
     assert other in CELLS and other.split("-")[0] == cell.split("-")[0]
-    if cell.endswith(("koala", "exact", "unbalanced", "0.03", "0.3")):
+    if CELLS[cell].get("adversarial_weight", KOALA_WEIGHT) > 0:
         of_d = ("adversarial_weight", "discriminator", "discriminator_lr")  # and nothing else
+        of_d += ("joint_from", "discriminator_steps")
         flags, others = (
             {k: v for k, v in CELLS[c].items() if k not in of_d} for c in (cell, other)
         )

@@ -23,6 +23,7 @@ from discriminator import (
     discriminator_loss,
     exact_logits,
     health,
+    health_of,
     jensen_shannon,
 )
 from draft_head import Guess, HeadConfig, build_head
@@ -223,7 +224,7 @@ def test_a_guess_is_compared_with_the_targets_law_for_the_same_token(kind):
     for i, p in zip(places, laws):  # to be learnt, and with a state to guess from, `i` before
         assert len(p) == batch.learn[:, i + 1 :].sum()
         torch.testing.assert_close(p, logits_of(perfect)[i - 1].softmax(-1))
-    figures = training.health(perfect, batch)
+    figures = health_of(training, perfect, batch)
     assert figures["d_accuracy_bound"] == pytest.approx(0.5, abs=1e-5)
     assert figures["d_loss"] == pytest.approx(2 * math.log(2), abs=1e-5)
     if kind == "eagle":  # SmoothL1 = 0 then, and the cross entropy is the target's own entropy
@@ -248,7 +249,7 @@ def test_the_discriminator_sees_the_state_guessed_from_and_the_one_guessed_for(k
 
     judge.__class__ = Recorder
     training, guess = in_training(target, head, judge), head(batch, OWN_STEPS)
-    looks = training.d_loss, partial(training.head_loss, adv=1.0), training.health
+    looks = training.d_loss, partial(training.head_loss, adv=1.0), partial(health_of, training)
     for look in looks:
         seen.clear()
         look(guess.detach(), batch)
@@ -259,28 +260,38 @@ def test_the_discriminator_sees_the_state_guessed_from_and_the_one_guessed_for(k
             assert position == i - 1
 
 
-@pytest.mark.parametrize("kind", ["medusa", "eagle"])
+@pytest.mark.parametrize(
+    "kind, labels, blind",
+    [
+        ("medusa", "own", False),
+        ("medusa", "own", True),
+        ("eagle", "own", False),
+        ("eagle", "hard", False),
+        ("eagle", "hard", True),
+        ("eagle", "none", False),
+    ],
+)
 @pytest.mark.parametrize("draft_vocab", [0, 20])
-def test_losses_by_rows_are_those_of_all_rows_at_once(kind, draft_vocab):
+def test_losses_by_rows_are_those_of_all_rows_at_once(kind, labels, blind, draft_vocab):
     """Values and gradients of L_sup, L_adv and L_D, written down with whole tensors."""
     target, head, judge, batch = game_setting(kind, draft_vocab=draft_vocab)
     for weight in head.parameters():  # away from p = q, where min(p, q) has an edge
         weight.data += 0.1 * torch.randn_like(weight)
-    training, guess = in_training(target, head, judge, feature_weight=0.7), head(batch, OWN_STEPS)
+    how = dict(feature_weight=0.7, labels=labels, blind=blind)
+    training, guess = in_training(target, head, judge, **how), head(batch, OWN_STEPS)
     supervised = adversarial = of_judge = 0.0
     for i, (logits, state) in enumerate(zip(logits_of(guess), guess.states), start=1):
         before, after = batch.rows(batch.hidden[:, :-i], i), batch.rows(batch.hidden[:, i:], i)
-        labels = head.vocabulary.indices_of(batch.rows(batch.tokens[:, i + 1 :], i))
+        tokens = head.vocabulary.indices_of(batch.rows(batch.tokens[:, i + 1 :], i))
         p, q = F.linear(after, training.lm_head).softmax(-1), logits.softmax(-1)
-        judged, weight = (
-            judge.score(judge.context(before, after, i - 1)),
-            head.position_weights[i - 1],
-        )
-        of_judge += weight * discriminator_loss(judged, p, q)
+        seen, real = (state.detach(), F.one_hot(tokens, q.shape[-1])) if blind else (after, p)
+        judged = judge.score(judge.context(before, seen, i - 1))
+        weight = head.position_weights[i - 1]
+        of_judge += weight * discriminator_loss(judged, real, q)
         adversarial += weight * adversarial_loss(judged, q)
-        label = labels if kind == "medusa" else p
+        label = tokens if kind == "medusa" or labels == "hard" else p
         fit = F.cross_entropy(logits, label)
-        close = 0.7 * F.smooth_l1_loss(state, after) + 0.1 * fit
+        close = 0.7 * F.smooth_l1_loss(state, after) + 0.1 * fit * (labels != "none")
         supervised += weight * (fit if kind == "medusa" else close)
     for piece in (1, 7, 1000):
         training.piece = piece
@@ -414,7 +425,7 @@ def state_of(training) -> list[torch.Tensor]:
     return [value.clone() for value in tensors if isinstance(value, torch.Tensor)]
 
 
-@pytest.mark.parametrize("name", ["medusa-koala", "eagle-koala", "eagle-exact"])
+@pytest.mark.parametrize("name", ["medusa-koala", "eagle-koala", "eagle-exact", "eagle-blind"])
 @pytest.mark.parametrize("log", [False, True])
 def test_a_joint_step_is_one_of_D_and_then_one_of_the_head(name, log):
     """Both losses written by hand, with whole tensors, from discriminator.py and draft_head.py.
@@ -423,7 +434,7 @@ def test_a_joint_step_is_one_of_D_and_then_one_of_the_head(name, log):
     green and turn the finding on the discriminator into one about a bug.
     """
     flags = dict(head=name, layers=2, adversarial_weight=0.5, own_steps=2)
-    flags["discriminator"] = "exact" if name == "eagle-exact" else "learnt"
+    flags["discriminator"], blind = name.split("-")[1].replace("koala", "learnt"), "blind" in name
     (ours, features), (hand, _) = head_training(name, **flags), head_training(name, **flags)
     batch = ours.batch(features, torch.arange(4))
     head, judge, target = hand.head, hand.discriminator, hand.target
@@ -436,29 +447,29 @@ def test_a_joint_step_is_one_of_D_and_then_one_of_the_head(name, log):
 
     torch.manual_seed(1)
     guess = head(batch, 2)
-    places = []  # of each draft position: weight, logits, state, h_t, h+, p, label
+    places = []  # of each draft position: weight, logits, state, h_t, h+, p, tokens, label
     for i, (logits, state) in enumerate(zip(logits_of(guess), guess.states), start=1):
         before, after = batch.rows(batch.hidden[:, :-i], i), batch.rows(batch.hidden[:, i:], i)
         p = target.lm_head(after).softmax(-1)
-        label = batch.rows(batch.tokens[:, i + 1 :], i) if "medusa" in name else p
-        places.append(
-            (0.8 ** (i if "medusa" in name else i - 1), logits, state, before, after, p, label)
-        )
+        tokens = batch.rows(batch.tokens[:, i + 1 :], i)
+        weight, label = (0.8**i, tokens) if "medusa" in name else (0.8 ** (i - 1), p)
+        places.append((weight, logits, state, before, after, p, tokens, label))
     if judge is not None:
         loss = 0.0
-        for i, (weight, logits, _, before, after, p, _) in enumerate(places):
-            q = logits.detach().softmax(-1)
+        for i, (weight, logits, state, before, after, p, tokens, _) in enumerate(places):
+            q, state = logits.detach().softmax(-1), state.detach()
+            seen, real = (state, F.one_hot(tokens, 40)) if blind else (after, p)
             loss = loss + weight * discriminator_loss(
-                judge.score(judge.context(before, after, i)), p, q
+                judge.score(judge.context(before, seen, i)), real, q
             )
         hand.d_optimizer.zero_grad()
         loss.backward()
         hand.d_optimizer.step()
     loss = 0.0
-    for i, (weight, logits, state, before, after, p, label) in enumerate(places):
-        q = logits.softmax(-1)
+    for i, (weight, logits, state, before, after, p, _, label) in enumerate(places):
+        q, seen = logits.softmax(-1), state.detach() if blind else after
         judged = (
-            exact_logits(p, q) if judge is None else judge.score(judge.context(before, after, i))
+            exact_logits(p, q) if judge is None else judge.score(judge.context(before, seen, i))
         )
         supervised = head.supervised_loss(logits, label, state, after)
         loss = loss + weight * (supervised + 0.5 * adversarial_loss(judged, q))
