@@ -22,7 +22,7 @@ import train
 from plumbing.cli import UserError, parse
 from plumbing.machine import choose_device
 from plumbing.show import Printer
-from recipe import HEADS, PRESETS, TrainConfig, recorded, usual_preset
+from recipe import HEADS, PRESETS, TrainConfig, head_settings, recorded, usual_preset
 
 ROOT = Path(__file__).parent.parent
 # `--dtype auto` is measured, so that two runs on a busy machine may differ in it.
@@ -409,8 +409,11 @@ def test_what_a_file_records_is_listed_here_in_full():
     head = {"head_data", "head_data_tokens", "written_tokens", "head_window", "init", "head_tokens"}
     head |= {"head_lr", "draft_vocab", "own_steps", "own_from", "feature_weight", "head_mlp_width"}
     head |= {"discriminator", "joint_from", "discriminator_steps", "discriminator_lr"}
-    head |= {"data", "seed", "batch_tokens"}
+    head |= {"data", "seed", "batch_tokens", "labels"}
     assert recorded(TrainConfig(), "head").keys() == head
+    # Of what a head learns from by its kind, nothing is recorded: older files know of no other.
+    assert "labels" not in head_settings(TrainConfig(), "eagle", "")
+    assert head_settings(TrainConfig(labels="hard"), "eagle", "")["labels"] == "hard"
     free = {"preset", "out_dir", "device", "dtype", "target", "optimizer"}
     free |= {"head", "layers", "adversarial_weight"}  # of the last two a head records what it has
     assert {field.name for field in fields(TrainConfig)} == target | head | free
