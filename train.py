@@ -200,8 +200,7 @@ class HeadTraining:
         """
         total = 0.0
         for index, weight, (state, h_from, h_to, token), to_logits in self.positions(guess, batch):
-            seen = state if self.blind else h_to
-            rows = self.discriminator.context(h_from, seen, index), state, h_to, token
+            rows = self.context(index, h_from, h_to, state), state, h_to, token
             total = total + weight * in_pieces(self.d_loss_at, self.piece, rows, to_logits)
         return total
 
@@ -233,14 +232,18 @@ class HeadTraining:
         `context`: g and b of each row. Through them the gradient reaches D's weights; `in_pieces`
         hands it on to its inputs only.
         """
-        p, q = probabilities(h_to, self.lm_head), probabilities(state, to_logits)  # (N, S)
-        p = F.one_hot(token, p.shape[-1]).to(p.dtype) if self.blind else p
+        q = probabilities(state, to_logits)  # (N, S), as p
+        if self.blind:
+            p = F.one_hot(token, q.shape[-1]).to(q.dtype)
+        else:
+            p = probabilities(h_to, self.lm_head)
         return discriminator_loss(self.discriminator.score(context).float(), p, q)
 
     def head_loss_at(self, index, sup, adv, state, h_from, h_to, token, to_logits) -> Tensor:
         """sup * L_sup + adv * L_adv of one draft position, for a piece of its rows."""
         logits = F.linear(state, to_logits).float()  # (N, S)
-        p = probabilities(h_to, self.lm_head) if self.labels == "soft" or adv else None
+        needs_p = self.labels == "soft" or (adv and self.discriminator is None)
+        p = probabilities(h_to, self.lm_head) if needs_p else None
         label = {"soft": p, "hard": token, "none": None}[self.labels]
         loss = sup * self.head.supervised_loss(logits, label, state, h_to, self.feature_weight)
         if adv:
@@ -249,12 +252,15 @@ class HeadTraining:
         return loss
 
     @torch.no_grad()
-    def judged(self, index: int, h_from, h_to, state, p: Tensor, q: Tensor) -> Tensor:
-        """The discriminator's logits (N, S), without a gradient."""
+    def judged(self, index: int, h_from, h_to, state, p: Tensor | None, q: Tensor) -> Tensor:
+        """The discriminator's logits (N, S), without a gradient. p: for its closed form alone."""
         if self.discriminator is None:
             return exact_logits(p, q)
-        context = self.discriminator.context(h_from, state if self.blind else h_to, index)
-        return self.discriminator.score(context).float()
+        return self.discriminator.score(self.context(index, h_from, h_to, state)).float()
+
+    def context(self, index: int, h_from: Tensor, h_to: Tensor, state: Tensor) -> Tensor:
+        """g and b of each row, from what D is shown: h+, or, if it is blind, the head's guess."""
+        return self.discriminator.context(h_from, state if self.blind else h_to, index)
 
 
 # ----------------------------------------------------------------------------------- the loop

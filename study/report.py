@@ -258,7 +258,8 @@ def with_tables(text: str) -> str:
 
     NAME is results/FILE.json, for that result; or one of SPECIAL.
     """
-    block = r"(<!-- (results/[^ ]+\.json|trained|auto|copies) -->\n).*?<!-- end -->"
+    names = "|".join(map(re.escape, SPECIAL))
+    block = rf"(<!-- ({names}|results/[^ ]+\.json) -->\n).*?<!-- end -->"
     return re.sub(
         block,
         lambda found: f"{found[1]}{tables_of(found[2])}\n<!-- end -->",

@@ -137,6 +137,7 @@ def main() -> None:
             best = fastest(taus, *costs)
             told = f"usual draft here {usual}; fastest {best}"
             print(f"{name}, {len(texts)} {kind} texts: {told}", flush=True)
+        # Their passes are the target's alone: those measured beside the last head.
         copies[f"alone, {kind}"] = speeds_of_copies(alone, 0, costs)
     path = results_folder(folder) / SIZES
     path.parent.mkdir(parents=True, exist_ok=True)
