@@ -27,6 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from draft_head import rank_rates
 from drafts import (
     COPIED,
     WIDTH,
@@ -37,7 +38,6 @@ from drafts import (
     fixed_tree,
     in_words,
     plan_draft,
-    rank_rates,
 )
 from plumbing.cli import UserError
 from plumbing.machine import synchronized_time
@@ -62,9 +62,9 @@ def walk(head, tokens: Tensor, hidden: Tensor, positions: int, stride: int):
     """Draft along texts, tokens (B, T + 1) and the target's states hidden (B, T, D) on them.
 
     A draft begins every `stride` places, and its path is the text itself. Yields (start, i,
-    logits): the head's logits (B, S) at draft position i = 0, 1, .. of the draft after `start`
-    states. The target's own are those of hidden[:, start + i]. It calls the decoder's own `absorb`
-    and `expand`.
+    logits, state): the head's logits (B, S) at draft position i = 0, 1, .. of the draft after
+    `start` states. The target's own are those of hidden[:, start + i]. It calls the decoder's own
+    `absorb` and `expand`.
     """
     length = hidden.shape[1]
     state, read = head.start(length + positions, batch=len(tokens)), 0
@@ -74,7 +74,7 @@ def walk(head, tokens: Tensor, hidden: Tensor, positions: int, stride: int):
         for i in range(positions):
             here = start + i
             logits = head.expand(state, tokens[:, here, None]) if i else head.expand(state)
-            yield start, i, logits[:, 0]
+            yield start, i, logits[:, 0], state
 
 
 @torch.no_grad()
@@ -93,7 +93,7 @@ def measure_acceptance(target, head, batch, stride: int = 16, by_rank=False) -> 
     drafts, alpha = 0, torch.zeros(positions, dtype=torch.float64)
     ranks = torch.zeros(positions, min(RANKS, target.config.vocab_size), dtype=torch.float64)
     mass = torch.zeros_like(ranks)
-    for start, i, logits in walk(head, tokens, hidden, positions, stride):
+    for start, i, logits, _ in walk(head, tokens, hidden, positions, stride):
         use = learn[:, start + 1 : start + positions + 1].all(1)  # (B,)
         drafts += use.sum().item() if i == 0 else 0
         p = target.lm_head(hidden[use, start + i]).float().softmax(-1)  # (B', V)
@@ -334,15 +334,16 @@ def tree_warning(head, gamma: int, nodes: int, temperature: float) -> str | None
 
 
 @torch.inference_mode()
-def size_costs(target, head, sizes: list, temperature: float = 0.0) -> tuple[dict, dict]:
+def size_costs(target, head, sizes: list, temperature=0.0, others=None) -> tuple[dict, dict]:
     """Costs of passes {tokens: cost} and of drafts {(gamma, is it a tree): cost}, in plain steps.
 
-    sizes: triples (gamma, nodes, lookup). The passes and the drafts take turns for about SECONDS,
-    ROUNDS at least: a large target takes longer. The first round does not count. Before each,
-    untimed, comes the job that precedes it in decoding.
+    sizes: triples (gamma, nodes, lookup). others: plans {(depth, their kind): plan}, whose drafts
+    are measured as well. The passes and the drafts take turns for about SECONDS, ROUNDS at least: a
+    large target takes longer. The first round does not count. Before each, untimed, comes the job
+    that precedes it in decoding.
     """
-    longest = max(COPIED if lookup else gamma for gamma, _, lookup in sizes)
-    most = max(longest, *(nodes for _, nodes, _ in sizes)) + 1
+    others, longest = others or {}, max(COPIED if lookup else gamma for gamma, _, lookup in sizes)
+    most = max(longest, *(nodes for _, nodes, _ in sizes), *(o.nodes for o in others.values())) + 1
     counts = [n for n in COUNTS if n < most] + [most]
     sampler = Sampler(target.embed.weight.device, temperature)
     context = target.config.context
@@ -350,7 +351,7 @@ def size_costs(target, head, sizes: list, temperature: float = 0.0) -> tuple[dic
     bench = Bench(target, length, most, sampler)
     jobs = {n: (bench.read, n) for n in counts}
     # The cost of drafting a tree depends on its depth, hardly on its nodes. Copies cost nothing.
-    plans = {(g, n > 0): plan_draft(head, g, n, target) for g, n, _ in sizes if g > 0}
+    plans = {(g, n > 0): plan_draft(head, g, n, target) for g, n, _ in sizes if g > 0} | others
     measured = {}  # depths: of chains and of trees those in DEPTHS, the lowest and the highest
     for tree in {tree for _, tree in plans}:
         depths = sorted(depth for depth, is_tree in plans if is_tree == tree)
@@ -358,7 +359,8 @@ def size_costs(target, head, sizes: list, temperature: float = 0.0) -> tuple[dic
     drafts = [(depth, tree) for tree, depths in measured.items() for depth in depths]
     jobs |= {key: (bench.timed, bench.drafting(head, plans[key])) for key in drafts}
     # Before a plain step another one, before a verification a draft, before a draft a verification.
-    deepest = bench.drafting(head, plans[max(plans)] if plans else Lookup())
+    last = plans[max(plans, key=lambda key: key[0])] if plans else Lookup()
+    deepest = bench.drafting(head, last)
     before = dict.fromkeys(counts, deepest) | dict.fromkeys(drafts, partial(bench.read, most))
     before[1] = partial(bench.read, 1)
     samples = {name: [] for name in jobs}

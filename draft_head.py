@@ -212,6 +212,7 @@ class EagleState:
     def __init__(self, cache: KVCache):
         self.cache = cache
         self.length = 0  # how much of the cache is certain; drafting writes beyond it
+        self.hidden: Tensor  # (B, 1, D): the target's last state that was read
         self.feature: Tensor  # (B, 1, D): the guessed state after the certain text
         # While drafting, of the nodes expanded last: their guessed states, and the nodes they see.
         self.nodes: Tensor  # (B, k, D)
@@ -334,6 +335,7 @@ class Eagle(nn.Module):
     def absorb(self, state: EagleState, tokens: Tensor, hidden: Tensor) -> None:
         """tokens (B, T), hidden (B, T, D): overwrite what drafting left by the true states."""
         state.cache.rollback(state.length)
+        state.hidden = hidden[:, -1:]
         state.feature = self.step(tokens, hidden, state.cache)[:, -1:]
         state.cache.advance(tokens.shape[1])
         state.length = state.cache.length
@@ -372,3 +374,18 @@ KINDS = {"medusa": Medusa, "eagle": Eagle}
 def build_head(config: HeadConfig, target: GPT) -> Medusa | Eagle:
     """An untrained head for this target, on its device."""
     return KINDS[config.kind](config, target).to(target.embed.weight.device)
+
+
+def rank_rates(head, name: str = "ranks") -> list[list[float]]:
+    """How good a head's r-th guess at each draft position was when it was last validated.
+
+    `ranks`: how often it is the target's first choice; `mass`: the target's mean p of it.
+    Raises UserError where the head came without.
+    """
+    try:
+        return head.training_record["valid"][name]
+    except (AttributeError, KeyError) as error:
+        raise UserError(
+            "this head has no record of how often its guesses are right, which is what trees and "
+            "sizes are chosen by: train it anew with train.py, or draft a chain of a fixed length"
+        ) from error

@@ -38,6 +38,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from draft_head import rank_rates
 from plumbing.cli import UserError
 
 MAX_NODES = 256  # of a tree: a pass over more is no longer cheap anywhere
@@ -323,9 +324,20 @@ class GrowingTree(Plan):
     def __init__(self, nodes: int, depth: int, width: int, device):
         self.nodes, self.depth, self.width = nodes, depth, width
         self.slots = max(nodes, width * (depth - 1))  # what the target reads, what the head expands
-        sizes = [width] + [width * width] * (depth - 1)
-        each = [torch.full((size,), i + 1) for i, size in enumerate(sizes)]
-        self.depths = torch.cat([torch.zeros(1, dtype=torch.long), *each]).to(device)
+        sizes = [1, width] + [width * width] * (depth - 1)
+        self.depths = torch.arange(depth + 1).repeat_interleave(torch.tensor(sizes)).to(device)
+
+    def children(self, logits: Tensor, state, sampler) -> tuple[Tensor, Tensor]:
+        """Of k nodes with logits (k, S): tokens, by index, and the logs of their chances."""
+        return sampler.likeliest(logits, self.width)  # (k, width) both
+
+    def goes_on(self, scores: Tensor) -> bool:
+        """Whether to expand below the deepest nodes so far, whose logs these are."""
+        return True
+
+    def size(self, scores: Tensor) -> int:
+        """How many nodes to keep of all that were seen, the root included."""
+        return min(self.nodes + 1, len(scores))
 
     def draft(self, known: Known, depth: int, sampler) -> Draft:
         """See the file's docstring."""
@@ -335,21 +347,22 @@ class GrowingTree(Plan):
         tokens, parents, scores, seen = [root], [above], [reach], 1
         logits = [head.expand(state)[0]]  # (k, S) each
         for i in range(depth):
-            best, log_q = sampler.likeliest(logits[-1], self.width)
+            best, log_q = self.children(logits[-1], state, sampler)
             found = head.vocabulary.tokens_at(best).flatten()  # (k * width,)
             # Strictly below its parent, even at probability 1: no node is kept without its parent.
             score = (reach[:, None] + log_q.double().clamp(max=-1e-9)).flatten()
             tokens.append(found)
             parents.append(above.repeat_interleave(self.width))
             scores.append(score)
-            if i + 1 < depth:
-                reach, best = score.topk(self.width)
-                above = best + seen
-                rows = head.expand(state, found[best][None], best // self.width)[0]
-                logits.append(rows.expand(len(best), -1))  # as in FixedTree
+            if i + 1 == depth or not self.goes_on(score):
+                break
+            reach, best = score.topk(self.width)
+            above = best + seen
+            rows = head.expand(state, found[best][None], best // self.width)[0]
+            logits.append(rows.expand(len(best), -1))  # as in FixedTree
             seen += len(score)
         scores, tokens, parents = torch.cat(scores), torch.cat(tokens), torch.cat(parents)
-        kept = scores.topk(min(self.nodes + 1, len(scores))).indices.sort().values  # root included
+        kept = scores.topk(self.size(scores)).indices.sort().values
         parents = torch.searchsorted(kept, parents[kept])  # their new numbers
         shape = Shape(parents, self.depths[kept], ancestors(parents, depth))
         rows = (kept[1:] - 1) // self.width
@@ -433,18 +446,3 @@ def plan_draft(head, gamma: int | None, nodes: int, target, lookup: int = 0):
         width = min(nodes, WIDTH, target.config.vocab_size)
         return GrowingTree(nodes, min(gamma, nodes, target.config.context), width, device)
     return fixed_tree(best_tree(rank_rates(head), nodes, gamma), device)
-
-
-def rank_rates(head, name: str = "ranks") -> list[list[float]]:
-    """How good a head's r-th guess at each draft position was when it was last validated.
-
-    `ranks`: how often it is the target's first choice; `mass`: the target's mean p of it.
-    Raises UserError where the head came without.
-    """
-    try:
-        return head.training_record["valid"][name]
-    except (AttributeError, KeyError) as error:
-        raise UserError(
-            "this head has no record of how often its guesses are right, which is what trees and "
-            "sizes are chosen by: train it anew with train.py, or draft a chain of a fixed length"
-        ) from error

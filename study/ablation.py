@@ -163,7 +163,7 @@ def alpha_by_temperature(target, head, batch, stride: int = 16) -> dict:
     tokens, hidden, learn = batch
     positions = min(DRAFT_POSITIONS, head.max_draft or DRAFT_POSITIONS)
     drafts, total = 0, torch.zeros(len(TEMPERATURES), positions, dtype=torch.float64)
-    for start, i, logits in walk(head, tokens, hidden, positions, stride):
+    for start, i, logits, _ in walk(head, tokens, hidden, positions, stride):
         use = learn[:, start + 1 : start + positions + 1].all(1)
         drafts += use.sum().item() if i == 0 else 0
         p = target.lm_head(hidden[use, start + i]).float().softmax(-1)

@@ -86,6 +86,26 @@ def ablation_table(result: dict) -> str:
     return table(header + "ratio at temperature 1 (q at its best) | discriminator", rows)
 
 
+def foresight_table(result: dict) -> str:
+    """What foreseeing acceptance brings: a run of study/foresight.py."""
+    told, valid, rows = result["foreseen"], result["validation"], []
+    test = result.get("test", {}).get("figures")
+    for name in ("best", "q", "logistic", "judge", "oracle of 1", "oracle of 4"):
+        f = valid[name]
+        row = [name, f"{told[name]['bce']:.3f}" if name in told else "", f"{f['tau']:.2f}"]
+        row += [f"{f['nodes']:.1f}, {f['steps']:.1f}" if "nodes" in f else f"{f['size']}"]
+        row += [f"{f['speed']:.2f}x", f"{f['share']:.0%}"]
+        if test and name in test["heads"]:
+            figures = test["heads"][name]
+            row += [with_interval(figures["tau"], figures["tau_interval"])]
+            row += [with_interval(figures["speedup"], figures["speedup_interval"], unit="x")]
+            others = test["comparisons"].get(name, [])
+            row += [with_interval(o["net_speed"], o["net_speed_interval"], 3) for o in others]
+        rows.append(row + [""] * (9 - len(row)))
+    header = "tree by | cross entropy | tau | tokens, steps | speed | share of the oracle's gain"
+    return table(header + " | tau, decoded | speedup, decoded | against best", rows)
+
+
 def conditions(result: dict) -> str:
     """A benchmark's conditions, in one line."""
     figures, config, candidates = result["figures"], result["config"], result["candidates"]

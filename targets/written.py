@@ -307,8 +307,10 @@ def write(target, opening: Tensor, length: int, turns, banned: Tensor, generator
         learn[:, place] = to_learn
 
 
-def write_until(written: Conversations, target, encoding, chat, openings, amount: int) -> None:
+def write_until(written, target, encoding, chat, openings, amount: int, temperature=None) -> None:
     """Have the target write `amount` tokens in all; an interrupt costs the last batch.
+
+    `temperature`: of answers and of continuations; None: those of the recipes.
 
     It writes conversations; where `chat` is None, continuations of `openings` (N, P). Raises
     UserError for a window without room for a question.
@@ -341,6 +343,8 @@ def write_until(written: Conversations, target, encoding, chat, openings, amount
         seed = written.about["seed"] * 1_000_003 + written.count
         generator = torch.Generator(device).manual_seed(seed)
         turns = Turns(chat, at_once, device, generator) if chat else Continuations(at_once, device)
+        if temperature is not None:
+            turns.temperature.fill_(temperature)
         # Every opening is used once before one is repeated: nearly greedy texts would be the same.
         opening = openings[(written.count + torch.arange(at_once)) % len(openings)].to(device)
         tokens, learn, hidden = write(target, opening, length, turns, banned, generator)
@@ -356,17 +360,27 @@ def write_until(written: Conversations, target, encoding, chat, openings, amount
 
 
 def self_written(
-    folder: Path, target, checkpoint: dict, text: Text | None, length: int, tokens: int, seed, dtype
+    folder: Path,
+    target,
+    checkpoint: dict,
+    text: Text | None,
+    length: int,
+    tokens: int,
+    seed: int,
+    dtype: torch.dtype,
+    temperature: float | None = None,
 ) -> tuple[Written, Written]:
     """Training and held-out texts by the target: `tokens` in windows of `length`.
 
     They are kept in `folder`; where there are too few, the target writes more. A target without a
-    chat format continues passages of `text`; None: of the default text.
+    chat format continues passages of `text`; None: of the default text. `temperature`: see
+    `write_until`.
     """
     encoding = build_encoding(checkpoint["tokenizer"])
     chat = Chat.of(encoding, checkpoint["tokenizer"])
     about = {"target": checkpoint["fingerprint"], "length": length, "width": target.config.width}
     about |= {"seed": seed, "dtype": str(dtype), "rules": TEXTS if chat is None else CHATS}
+    about |= {} if temperature is None else {"temperature": temperature}
     written, openings = Conversations(folder, about), None
     if chat is None:
         if text is None:
@@ -377,6 +391,6 @@ def self_written(
         openings = text.windows("train", size).long()
         openings = torch.cat([begin.expand(len(openings), -1), openings], 1)
     writer = copy.deepcopy(target).to(dtype)  # as it will be when it decodes
-    write_until(written, writer, encoding, chat, openings, tokens)
+    write_until(written, writer, encoding, chat, openings, tokens, temperature)
     del writer  # as large as the target
     return Written(target, written, held_out=False), Written(target, written, held_out=True)
