@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from drafts import Chain, CopyFirst, Known, Lookup, deepest, root_only
+from drafts import Chain, CopyFirst, GrowingTree, Known, Lookup, deepest, root_only
 from sampling import Sampler
 
 
@@ -63,6 +63,35 @@ class Replayed(NamedTuple):
     copied: float  # of these cycles those that judged a copy
 
 
+class AllNodes(GrowingTree):
+    """A growing tree that keeps every node it has seen: all smaller trees lie in it."""
+
+    def __init__(self, depth: int, width: int, device):
+        super().__init__(width + width**2 * (depth - 1), depth, width, device)
+
+    def size(self, scores: Tensor) -> int:
+        self.scores = scores
+        return len(scores)
+
+    def ranks(self, following: Tensor, known: Known, depth: int, sampler) -> list[Tensor]:
+        """Of each text token that is a node, the number of better ones, by the tree's depth.
+
+        A tree of n nodes at most d deep has the i-th token if i <= d and ranks[i - 1][d - 1] < n.
+        """
+        draft, ranks = self.draft(known, depth, sampler), []
+        below, node = draft.shape.parents, 0
+        for token in following[:depth]:
+            children = (below == node) & (draft.tokens == token)
+            children[0] = False
+            if not children.any():
+                break
+            node = int(children.nonzero()[0])
+            better = torch.bincount(draft.shape.depth[self.scores > self.scores[node]])
+            better = torch.nn.functional.pad(better, (0, depth + 1 - len(better)))
+            ranks.append(better[1:].cumsum(0))  # without the root
+        return ranks
+
+
 def accepted_chances(plan, known: Known, following: Tensor, p: Tensor, depth: int, sampler) -> list:
     """Of each next token of a text, following (n,): its chance to be accepted after those before.
 
@@ -88,8 +117,23 @@ def parts(plan) -> list:
 
 
 def key(plan):
-    """Alike for plans whose drafts are beginnings of one another."""
+    """Alike for plans whose drafts are parts of one another."""
+    if type(plan) is GrowingTree:
+        return "tree", plan.width
     return Chain if isinstance(plan, Chain) else getattr(plan, "match", plan)
+
+
+def judge(whole, known: Known, following: Tensor, p: Tensor, depth: int, sampler):
+    """A function of a part of the plan `whole`, and of the depth that it has room for.
+
+    It gives the chances of `accepted_chances`; here the draft is made, for all parts at once.
+    """
+    if isinstance(whole, AllNodes):
+        ranks = whole.ranks(following, known, depth, sampler) if depth > 0 else []
+        ranks = [rank.tolist() for rank in ranks]
+        return lambda part, d: [1.0] * sum(rank[d - 1] < part.nodes for rank in ranks[:d])
+    chances = accepted_chances(whole, known, following, p, depth, sampler)
+    return lambda part, d: chances[:d]
 
 
 @torch.inference_mode()
@@ -97,14 +141,16 @@ def replay(head, plans: dict, text: PlainText, sampler: Follower) -> dict[str, R
     """The cycles of each plan along a text: {name: Replayed}."""
     tokens = torch.tensor(text.tokens, device=text.hidden.device)
     end, last = len(tokens) - 1, text.start + text.limit - 1  # last: the limit's
-    room = last + 2 + max(plan.slots for plan in plans.values())
-    known, read = Known(text.tokens[:1], head, room), 0
     starts = {name: [0.0] * (end + 1) for name in plans}
     sums = {name: [0.0, 0.0, 0.0] for name in plans}
     longest = {}  # of the plans that are alike, the one that drafts furthest
     every = [part for plan in plans.values() for part in parts(plan)]
     for plan in sorted(every, key=lambda plan: plan.depth):
         longest[key(plan)] = plan
+        if type(plan) is GrowingTree:
+            longest[key(plan)] = AllNodes(plan.depth, plan.width, tokens.device)
+    room = last + 2 + max(plan.slots for plan in longest.values())
+    known, read = Known(text.tokens[:1], head, room), 0
     for name in plans:
         starts[name][text.start] = 1.0
     for place in range(text.start, end):
@@ -118,8 +164,8 @@ def replay(head, plans: dict, text: PlainText, sampler: Follower) -> dict[str, R
                 if key(part) not in judged:
                     whole = longest[key(part)]
                     ahead = tokens[place + 1 :], text.p[place:], min(whole.depth, left)
-                    judged[key(part)] = accepted_chances(whole, known, *ahead, sampler)
-                found = judged[key(part)][: min(part.depth, left)]
+                    judged[key(part)] = judge(whole, known, *ahead, sampler)
+                found = judged[key(part)](part, min(part.depth, left))
                 if copied := isinstance(part, Lookup) and found:
                     break
             for accepted, chance in enumerate([*found, 0.0]):

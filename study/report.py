@@ -392,6 +392,51 @@ def plot_gain(path: Path) -> None:
     plt.close(figure)
 
 
+@plt.rc_context(STYLE)
+def plot_labels(result: dict, path: Path) -> None:
+    """tau by the labels of the loss and by the discriminator: see study/README.md, the cells."""
+    judges = {"": "no discriminator", "exact": "exact D"}
+    judges |= {"learnt": "learnt D", "blind": "blind D"}
+    labels = {"none": "states", "hard": "tokens", "hardfeature": "states, tokens"}
+    labels |= {"soft": "states, p\n(the recipe)"}
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4.6))
+    keys = {"tau_sampled": "temperature 1", "tau_estimate": "greedy"}
+    for axis, (key, title) in zip(axes, keys.items()):
+        for shift, (judge, name) in enumerate(judges.items()):
+            for place, label in enumerate(labels):
+                cell = f"eagle-{label}-{judge}".rstrip("-").replace("eagle-soft", "eagle-original")
+                cell = cell.replace("original-", "soft-")
+                heads = result["cells"].get(cell, {"heads": {}})["heads"].values()
+                taus = [head[key] for head in heads]
+                x = place + 0.18 * (shift - 1.5)
+                axis.plot([x] * len(taus), taus, "o", color=f"C{shift}", alpha=0.4, markersize=4)
+                axis.plot([x - 0.07, x + 0.07], [np.mean(taus or [np.nan])] * 2, color=f"C{shift}")
+            axis.plot([], [], "o-", color=f"C{shift}", label=name if axis is axes[0] else None)
+        axis.set_xticks(range(len(labels)), labels.values())
+        axis.set(title=f"tau on held-out text, {title}", xlabel="what the loss knows of the target")
+    figure.legend(loc="outside lower center", ncols=4)
+    figure.savefig(path)
+    plt.close(figure)
+
+
+@plt.rc_context(STYLE)
+def plot_foresight(results: dict[str, dict], path: Path) -> None:
+    """How often what is foreseen comes true, by tenths: {title: a run of study/foresight.py}."""
+    figure, axes = plt.subplots(1, len(results), figsize=(4 * len(results), 4.6), squeeze=False)
+    names = {"judge": "A", "logistic": "regression on q", "q": "q"}
+    for axis, (title, result) in zip(axes[0], results.items()):
+        axis.plot([1e-4, 1], [1e-4, 1], "--", color="gray")
+        for name, label in names.items():
+            foreseen, true = np.array(result["foreseen"][name]["deciles"]).T
+            axis.plot(foreseen, true, "o-", label=label if axis is axes[0, 0] else None)
+        axis.set(title=title, xlabel="foreseen", xscale="log", yscale="log")
+        axis.set(xlim=(1e-4, 1.2), ylim=(1e-4, 1.2))
+    axes[0, 0].set_ylabel("accepted")
+    figure.legend(loc="outside lower center", ncols=3)
+    figure.savefig(path)
+    plt.close(figure)
+
+
 def main() -> None:
     for document in DOCUMENTS:
         document.write_text(with_tables(document.read_text("utf-8")), "utf-8")
