@@ -24,7 +24,7 @@ from toys import (
 
 from draft_head import Batch
 from drafts import GrowingTree
-from sampling import acceptance_probability, argmax, residual
+from sampling import GREEDY_TEMPERATURE, acceptance_probability, argmax, residual
 from speculate import generate
 from study.judge import POSITIONS, Judge, Logistic, PayingTree, Seen, fit, verdicts
 from study.replay import Follower, PlainText, replay
@@ -210,6 +210,54 @@ def test_a_regression_learns_how_far_q_is_to_be_trusted():
     truth = 0.4 * seen.odds - 0.3 * seen.odds[:, :1] + 0.1 * seen.position[:, None]
     fitted = fit(Logistic(), seen, truth.sigmoid(), epochs=40)
     torch.testing.assert_close(fitted(seen), truth, atol=0.02, rtol=0)
+
+
+def test_a_judge_is_the_formula():
+    seen, lm_head = some_nodes(20), torch.randn(9, 8, generator=torch.Generator().manual_seed(1))
+    seen = seen._replace(indices=torch.arange(80).reshape(20, 4) % 9)
+    torch.manual_seed(5)
+    judge = Judge(lm_head, hidden=16)
+    for weight in judge.parameters():
+        torch.nn.init.normal_(weight)
+    logits = judge(seen)
+    for n, (h_from, h_to, position, indices, odds) in enumerate(zip(*seen)):
+        context = judge.context(h_from, h_to, position)
+        for x, own, logit in zip(indices, odds, logits[n]):
+            expected = lm_head[x] @ context[:-1] + context[-1] + judge.scale.weight[position] * own
+            torch.testing.assert_close(logit, expected[0], rtol=1e-4, atol=1e-4)
+
+
+def test_while_drafting_a_judge_is_shown_what_it_learnt_from(target, trained):
+    """Along chains, the path to whose nodes is known: states and odds are computed anew."""
+    head, shown, text = trained(), [], random_prompts(target, (7,))[0]
+
+    class Spy(torch.nn.Module):
+        def forward(self, seen):
+            shown.append(seen)
+            return seen.odds
+
+    def check(cycle):
+        nodes = shown[:]
+        shown.clear()
+        for i, seen in enumerate(nodes):
+            path, state = cycle.draft.tokens[1 : i + 1], head.start(64)
+            before = target(torch.tensor([text[:-1]]))
+            head.absorb(state, torch.tensor([text[1:]]), before)
+            logits = head.expand(state)
+            for token in path:
+                logits = head.expand(state, token[None, None])
+            q = logits[0].softmax(-1).double() ** (1 / GREEDY_TEMPERATURE)
+            q = (q / q.sum()).gather(-1, seen.indices)
+            assert seen.position.tolist() == [i]
+            torch.testing.assert_close(seen.h_from[0], before[0, -1].float())
+            torch.testing.assert_close(seen.h_to[0], state.nodes[0, 0].float())
+            torch.testing.assert_close(seen.odds.double(), q.logit(1e-6), rtol=1e-3, atol=1e-3)
+        text.extend(cycle.tokens)
+        lengths.append(len(nodes))
+
+    lengths = []
+    generate(target, text[:], 100, head=head, plan=costly(1, Spy(), 0.0), on_cycle=check)
+    assert lengths.count(4) > 3
 
 
 # ---------------------------------------------------------------------------------------- the tree
