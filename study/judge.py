@@ -151,7 +151,7 @@ class PayingTree(GrowingTree):
         self.model, self.speed = model, speed
         verify, self.step = (torch.zeros(nodes + 1), 0.0) if costs is None else costs
         self.verify = torch.as_tensor(verify).double().to(device)
-        self.followed = torch.ones(width) if followed is None else followed[:width]
+        self.followed = torch.ones(width, device=device) if followed is None else followed[:width]
         self.node = float(self.verify[-1] - self.verify[0]) / nodes  # the cost of one more
         self.made = []  # (nodes, draft steps) of each draft that was not cut short
 
