@@ -10,7 +10,8 @@
     3. With `--test_prompts`: the best plan of those that exist and the paying trees decode *test*
        prompts, like methods of bench.py.
 
-One variant for each target and temperature: A's tree of at most NODES tokens, DEPTH deep.
+One variant for each target and temperature: A's tree of at most NODES tokens, DEPTH deep, of the
+width (children of a node, and nodes that are expanded at each depth) that is best on validation.
 """
 
 import statistics
@@ -75,7 +76,8 @@ def foreseen(model, seen: Seen, chance) -> dict:
 def learnt(config, target, head, folder) -> tuple[dict, dict]:
     """({name: model}, {name: what it foresees on held-out text}); q itself is no model: None."""
     greedy, kind = config.temperature == 0, kind_of(config.temperature)
-    asked = WINDOW, config.written_tokens, 0, target.embed.weight.dtype
+    window = min(WINDOW, target.config.context)
+    asked = window, config.written_tokens, 0, target.embed.weight.dtype
     warm = CONTINUING if greedy else config.temperature
     texts = results_folder(folder) / "foresight" / kind
     data = self_written(texts, target, target.about, None, *asked, warm)
@@ -145,31 +147,34 @@ def speed_of(plan, costs: Costs, head, texts: list, sampler) -> dict:
 
 
 def along_validation(config, target, head, models, followed, folder, encoding) -> tuple:
-    """(the best plan that exists, {name: paying tree}, the figures of all)."""
+    """(the best plan that exists, {name: paying tree of the best width}, the figures of all)."""
     asked = Texts(config.num_prompts, config.max_new_tokens, config.temperature)
     followed = torch.tensor(followed, device=target.embed.weight.device)
     texts, sampler = plain_texts(asked, folder, target, encoding)
     sizes = [(g, 0, 0) for g in range(1, DEPTH + 1)] + [(*size, 0) for size in TREES + SMALL]
     plans = {size: plan_draft(head, *size[:2], target) for size in sizes}
     tree = partial(PayingTree, nodes=NODES, device=target.embed.weight.device)
-    kinds = [(name, width) for name in models for width in WIDTHS]
     others = {
-        (depth, (name, width)): tree(width, depth=depth, model=models[name])
-        for name, width in kinds
+        (depth, (name, width)): tree(width, depth=depth, model=model)
+        for name, model in models.items()
+        for width in WIDTHS
         for depth in STEPS
     }
     measured = size_costs(target, head, sizes, config.temperature, others)
     best, trees = fastest(taus_along(texts, head, plans, sampler), *measured), {}
     figures = {"texts": len(texts), "passes": [*measured[0].items()]}
     figures["best"] = {"size": best[:2], "tau": best.tau, "speed": best.speedup}
-    for name, width in kinds:
-        costs, speed = Costs(*measured, (name, width)), best.speedup
-        for _ in range(3):
-            cut = dict(speed=speed, costs=(costs.verify, costs.step), followed=followed)
-            one = tree(width, depth=DEPTH, model=models[name], **cut)
-            row = speed_of(one, costs, head, texts, sampler) | {"width": width, "cut at": speed}
-            speed = row["speed"]
-        figures[f"{name} of {width}"], trees[f"{name} of {width}"] = row, one
+    for name, model in models.items():
+        for width in WIDTHS:
+            costs, speed = Costs(*measured, (name, width)), best.speedup
+            for _ in range(3):
+                cut = dict(speed=speed, costs=(costs.verify, costs.step), followed=followed)
+                one = tree(width, depth=DEPTH, model=model, **cut)
+                row = speed_of(one, costs, head, texts, sampler) | {"width": width, "cut at": speed}
+                speed = row["speed"]
+            figures[f"{name} of {width}"] = row
+            if speed > figures.get(name, {"speed": 0.0})["speed"]:
+                figures[name], trees[name] = dict(row), one
     for width in WIDTHS:
         oracle, costs = Oracle(width, DEPTH), Costs(*measured, False)
         figures[f"oracle of {width}"] = speed_of(oracle, costs, head, texts, sampler)

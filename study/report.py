@@ -93,7 +93,8 @@ def foresight_table(result: dict) -> str:
     for name in ("best", "q", "logistic", "judge", "oracle of 1", "oracle of 4"):
         f = valid[name]
         row = [name, f"{told[name]['bce']:.3f}" if name in told else "", f"{f['tau']:.2f}"]
-        row += [f"{f['nodes']:.1f}, {f['steps']:.1f}" if "nodes" in f else f"{f['size']}"]
+        size = "chain of {0}" if f.get("size", [0, 0])[1] == 0 else "tree of {1}, {0} deep"
+        row += [size.format(*f["size"]) if "size" in f else f"{f['nodes']:.1f}, {f['steps']:.1f}"]
         row += [f"{f['speed']:.2f}x", f"{f['share']:.0%}"]
         if test and name in test["heads"]:
             figures = test["heads"][name]

@@ -6,6 +6,8 @@ is dropped because of its own chance.
 """
 
 import itertools
+import json
+import shutil
 from functools import cache
 
 import pytest
@@ -26,6 +28,7 @@ from draft_head import Batch
 from drafts import GrowingTree
 from sampling import GREEDY_TEMPERATURE, acceptance_probability, argmax, residual
 from speculate import generate
+from study import foresight
 from study.judge import POSITIONS, Judge, Logistic, PayingTree, Seen, fit, verdicts
 from study.replay import Follower, PlainText, replay
 
@@ -311,3 +314,32 @@ def test_replayed_cycles_are_those_of_the_decoder(target, trained):
         found = replay(head, {"it": plan}, text, sampler)["it"]
         assert plan.made == made
         assert found.written / found.cycles == pytest.approx(decoded.acceptance_length)
+
+
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_foresight_is_measured_in_one_command(tiny_run, tmp_path, call, monkeypatch, temperature):
+    """On the tests' tiny run: what it foresees, what that is worth, and decoding."""
+    monkeypatch.setattr("costs.SECONDS", 0.0)
+    monkeypatch.setattr("study.prompts.from_documents.__defaults__", (12,))
+    monkeypatch.setattr("study.foresight.DEPTH", 5)
+    monkeypatch.setattr("study.foresight.STEPS", (1, 5))
+    monkeypatch.setattr("targets.written.ON_CPU", 40)
+    run = shutil.copytree(tiny_run.folder, tmp_path / "run")
+    argv = ["--out_dir", run, "--temperature", temperature, "--written_tokens", 1280]
+    argv += ["--rows", 1000, "--num_prompts", 2, "--max_new_tokens", 12, "--test_prompts", 2]
+    status, out, err = call(foresight.main, *argv, "--dtype", "float32")
+    assert (status, err) == (0, "")
+    kind = "sampled" if temperature else "greedy"
+    result = json.loads((run / f"foresight-{kind}.json").read_text())
+    told, valid = result["foreseen"], result["validation"]
+    for name in ("judge", "logistic", "q"):
+        assert told[name]["bce"] > 0 and len(told[name]["deciles"]) == 10
+        for width in (1, 2, 4):
+            row = valid[f"{name} of {width}"]
+            assert row["tau"] >= 1 and 0 <= row["nodes"] <= 24 and 1 <= row["steps"] <= 5
+    assert valid["best"]["share"] == 0
+    assert max(row["share"] for n, row in valid.items() if n.startswith("oracle")) == 1
+    heads = result["test"]["figures"]["heads"]
+    assert heads.keys() == {"best", "judge", "logistic", "q"}
+    assert all(row["identical"] == 1 for row in heads.values()) or temperature
+    assert "| judge |" in out
