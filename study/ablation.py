@@ -142,16 +142,36 @@ def recipe_of(config: AblationConfig, folder: Path, known: dict) -> TrainConfig:
     return TrainConfig(**values, out_dir=folder, device=config.device, dtype=config.dtype)
 
 
-def cell_config(recipe: TrainConfig, cell: str, seed: int, target) -> TrainConfig:
-    """The configuration of one head. Its files lie in the run's folder, under ablation/."""
+def cell_config(recipe: TrainConfig, folder: Path, cell: str, seed: int, target) -> TrainConfig:
+    """The configuration of one head. Its files lie in `folder`."""
     flags = dict(layers=2, adversarial_weight=KOALA_WEIGHT) | CELLS[cell]
     if cell == "eagle-wide":
         one, two = (build_head(HeadConfig("eagle", k), target) for k in (1, 2))
         more = sum(w.numel() for w in two.parameters()) - sum(w.numel() for w in one.parameters())
         width = target.config.width
         flags["head_mlp_width"] = target.config.mlp_width + round(more / (3 * width))
-    name, folder = f"{cell}-seed{seed}", str(recipe.folder / "ablation")
-    return replace(recipe, **flags, head=name, seed=seed, out_dir=folder).of_head(cell)
+    name = f"{cell}-seed{seed}"
+    return replace(recipe, **flags, head=name, seed=seed, out_dir=str(folder)).of_head(cell)
+
+
+def train_cells(recipe, folder: Path, cells, seeds, target, checkpoint, text, autocast) -> None:
+    """Train the heads of these cells and seeds that `folder` does not have yet."""
+    data = {}
+    folder.mkdir(parents=True, exist_ok=True)
+    for cell in cells:
+        own = recipe.of_head(cell)
+        for seed in seeds:
+            one = cell_config(recipe, folder, cell, seed, target)
+            path = folder / f"{one.head}.pt"
+            wanted = head_settings(one, one.head, checkpoint["fingerprint"])
+            if path.is_file():
+                check_same(path, settings_of(path, load_checkpoint(path, "draft head")), wanted)
+                print(f"{one.head}: trained already")
+                continue
+            if own.head_data not in data:
+                data[own.head_data] = head_data(own, target, checkpoint, text, autocast)
+            windows = data[own.head_data]
+            train_head(one, one.head, target, wanted, *windows, autocast, alpha_by_temperature)
 
 
 # -------------------------------------------------------------------------------- the result
@@ -266,23 +286,9 @@ def main() -> None:
         text = read_text(recipe.data, packages_for(recipe.target_vocab))
         text.expect(settings_of(path, checkpoint).get("text", text.description["hash"]))
         text.use(checkpoint["tokenizer"])
-    folder, data = recipe.folder / "ablation", {}
-    folder.mkdir(parents=True, exist_ok=True)
-
-    for cell in config.cells or CELLS:
-        own = recipe.of_head(cell)
-        for seed in config.seeds or [recipe.seed]:
-            one = cell_config(recipe, cell, seed, target)
-            path = folder / f"{one.head}.pt"
-            wanted = head_settings(one, one.head, fingerprint)
-            if path.is_file():
-                check_same(path, settings_of(path, load_checkpoint(path, "draft head")), wanted)
-                print(f"{one.head}: trained already")
-                continue
-            if own.head_data not in data:
-                data[own.head_data] = head_data(own, target, checkpoint, text, autocast)
-            windows = data[own.head_data]
-            train_head(one, one.head, target, wanted, *windows, autocast, alpha_by_temperature)
+    folder = recipe.folder / "ablation"
+    seeds = config.seeds or [recipe.seed]
+    train_cells(recipe, folder, config.cells or CELLS, seeds, target, checkpoint, text, autocast)
     results = collect(folder, fingerprint, config.seeds)
     # "equal": the first edition could also train all cells for equal seconds.
     result = {"target": fingerprint, "equal": "tokens", "cells": compared(results)}

@@ -99,8 +99,8 @@ def test_the_recipe_beside_a_pretrained_target_is_its_presets(tmp_path, context)
 @pytest.mark.parametrize("cell", CELLS)
 def test_every_cell_can_be_trained_and_differs_from_the_others(cell, recipe):
     target, config = recipe
-    one = cell_config(config, cell, 3, target)
-    assert one.seed == 3 and one.folder == config.folder / "ablation"
+    one = cell_config(config, config.folder, cell, 3, target)
+    assert one.seed == 3 and one.folder == config.folder
     training = new_training(one, one.head, target, FLOAT32)
     assert (training.discriminator is None) == (
         one.adversarial_weight == 0 or one.discriminator == "exact"
@@ -108,7 +108,7 @@ def test_every_cell_can_be_trained_and_differs_from_the_others(cell, recipe):
     wanted = head_settings(one, one.head, "t")
     for other in set(CELLS) - {cell}:
         if other.split("-")[0] == cell.split("-")[0]:
-            others = cell_config(config, other, 3, target)
+            others = cell_config(config, config.folder, other, 3, target)
             assert head_settings(others, others.head, "t") != wanted, other
 
 
@@ -116,7 +116,7 @@ def test_the_wide_head_is_as_large_as_two_layers(recipe):
     target, config = recipe
     sizes = {}
     for cell in ("eagle-original", "eagle-wide", "eagle-k2"):
-        one = cell_config(config, cell, 0, target)
+        one = cell_config(config, config.folder, cell, 0, target)
         training = new_training(one, one.head, target, FLOAT32)
         sizes[cell] = sum(w.numel() for w in training.head.parameters())
     assert sizes["eagle-wide"] == pytest.approx(sizes["eagle-k2"], rel=0.01)
