@@ -211,6 +211,8 @@ def read_gguf(path: Path, context: int) -> Source:
     pairs = settings["embedding_length"] // heads // 2  # of coordinates that are rotated together
     if settings.get("rope.dimension_count", 2 * pairs) != 2 * pairs:
         raise UserError("it rotates a part of each head only")
+    if settings.get("rope.scaling.type", "none") != "none":
+        raise UserError(f"its rotary embedding is scaled by {settings['rope.scaling.type']}")
     width = 2 * pairs
     neutral = NEUTRAL | {"attention.key_length": width, "attention.value_length": width}
     neutral |= {"attention.scale": width**-0.5}

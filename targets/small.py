@@ -112,7 +112,7 @@ def train_target(
     bits = bits_per_byte(target, whole, byte_counts, autocast)
     if not math.isfinite(bits):
         progress.finish()  # nothing can be made of it
-        raise UserError("the target diverged: try a lower --target_lr")
+        raise UserError("the target diverged: try another --seed, or more --batch_tokens")
     record = {"settings": known_by, "optimizer": optimizer, "dtype": str(autocast.dtype)}
     record |= {"parameters": count, "data": data, "seconds": seconds, "valid_bits_per_byte": bits}
     record |= {"origin": origin()}

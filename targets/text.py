@@ -164,16 +164,15 @@ def filled(documents: list[Document]) -> dict[str, str]:
     for document in documents:
         sizes[document.group] += len(document.text)
     wanted, order = sum(sizes.values()) / 20, sorted(sizes, key=lambda group: digest(SALT + group))
-    split, places = {}, iter(order)
+    split, place = dict.fromkeys(order, "train"), 0
     for name in ("valid", "test"):
         size = 0
-        while size < wanted and (group := next(places, None)) is not None:
-            # Not a large group more, where that would be further from the mark.
-            if size and size + sizes[group] - wanted > wanted - size:
-                split[group] = "train"
-                continue
-            split[group], size = name, size + sizes[group]
-    return dict.fromkeys(order, "train") | split
+        # Up to the group whose half would be beyond the mark.
+        while place < len(order) and size + sizes[order[place]] / 2 <= wanted:
+            split[order[place]] = name
+            size += sizes[order[place]]
+            place += 1
+    return split
 
 
 def load_documents(paths: list[str] | None, packages=()) -> dict[str, list[Document]]:
