@@ -36,7 +36,7 @@ import torch
 from costs import best_size, isolated_costs, measure_acceptance
 from drafts import ALONE, COPIED, GAMMA, plan_draft
 from plumbing.cli import UserError, fail, option, parse, run
-from plumbing.files import write_json
+from plumbing.files import check_writable, write_json
 from plumbing.machine import describe_device, origin, synchronized_time
 from recipe import in_order
 from sampling import Sampler, argmax
@@ -197,8 +197,8 @@ def measure(config: BenchConfig, target, ready: dict, prompts: list) -> tuple[li
         row["loop"] = any(is_loop(method["tokens"]) for method in row["methods"].values())
         for name in ready if config.temperature == 0 else ():
             ours = row["methods"][name]["tokens"]
-            if ours != plain:
-                row["methods"][name]["differs"] = first_difference(target, prompt, ours, plain)
+            parted = first_difference(target, prompt, ours, plain) if ours != plain else None
+            row["methods"][name]["differs"] = parted
     return samples, seconds
 
 
@@ -213,6 +213,9 @@ def main() -> None:
     weight = target.embed.weight
     print(f"run {name_of(folder)}, {describe_device(weight.device)}, heads {', '.join(heads)}")
     print(f"{weight.dtype}: {target.why_dtype}")
+    out = results_folder(folder) / "bench"
+    out.mkdir(parents=True, exist_ok=True)  # refused now, not after all the work
+    check_writable(out / f"{config.name}.json")
     text = held_out_text(target.about, config.split)
     candidates = load_prompts(config, folder, target, text, encoding)
     sampler = Sampler(weight.device, config.temperature, config.top_k, config.top_p, config.seed)
@@ -220,6 +223,8 @@ def main() -> None:
     depth = max(plan.depth for _, plan in ready.values())
     check_prompts(config, target, depth, candidates)
     prompts, counts = choose_prompts(config, target, candidates)
+    if not prompts:
+        raise UserError("every answer ends after a word or two: there is no cycle to measure")
     rooms = check_prompts(config, target, depth, prompts)
 
     held_out = None
@@ -247,15 +252,15 @@ def main() -> None:
         "seconds": seconds,
         "samples": samples,
     }
-    out = results_folder(folder) / "bench"
-    out.mkdir(parents=True, exist_ok=True)
     write_json(out / f"{config.name}.json", result)  # whatever becomes of its figures
     result["figures"] = evaluate(methods, config.seed, samples, seconds, costs)
     write_json(out / f"{config.name}.json", result)
-    (out / f"{config.name}.md").write_text(bench_tables(result) + "\n")
+    (out / f"{config.name}.md").write_text(bench_tables(result) + "\n", "utf-8")
     plot_bench(result, out / f"{config.name}.png")
     print(f"\n{bench_tables(result)}\n\nwritten: {out}/{config.name}.json, .md and .png")
-    worst = max((f["largest_gap"] for f in result["figures"]["heads"].values()), default=0.0)
+    worst = max(
+        (f.get("largest_gap", 0.0) for f in result["figures"]["heads"].values()), default=0.0
+    )
     if worst > NEAR_TIE[weight.dtype]:
         fail(f"outputs part where the target's choice was clear (gap {worst:.4f}): a bug")
         sys.exit(1)

@@ -47,6 +47,7 @@ MATCH = 2  # tokens that have to match, at least, before a copy takes the place 
 ALONE = 1  # and where there is no head, and else nothing would be drafted (study/sizes.py)
 LONGEST = 4  # and at most: the longest match is taken
 COPIED = 8  # tokens copied at once
+LEAST = -1e4  # log-probability of a node; of one whose q is not a number
 GAMMA = 4  # tokens of a head's chain, where nothing else is asked for
 Branch = tuple[int, ...]
 
@@ -349,8 +350,9 @@ class GrowingTree(Plan):
         for i in range(depth):
             best, log_q = self.children(logits[-1], state, sampler)
             found = head.vocabulary.tokens_at(best).flatten()  # (k * width,)
-            # Strictly below its parent, even at probability 1: no node is kept without its parent.
-            score = (reach[:, None] + log_q.double().clamp(max=-1e-9)).flatten()
+            # Strictly below its parent, whatever q is: no node is kept without its parent.
+            log_q = log_q.double().nan_to_num(nan=LEAST).clamp(LEAST, -1e-9)
+            score = (reach[:, None] + log_q).flatten()
             tokens.append(found)
             parents.append(above.repeat_interleave(self.width))
             scores.append(score)

@@ -111,9 +111,11 @@ class Rotary(nn.Module):
         # Coordinate i is paired with i + hd/2: the rotated vector is x * cos + swap(x) * sin.
         self.register_buffer("cos", torch.cat([cos, cos], -1), persistent=False)  # (C, hd)
         self.register_buffer("sin", torch.cat([-sin, sin], -1), persistent=False)
-        # Added to the scores: 0 for a key that may be seen, -inf for one that may not.
-        causal = torch.full((config.context, config.context), -math.inf).triu(1)
-        self.register_buffer("causal", causal, persistent=False)  # (C, C)
+        # Added to the scores: 0 for a key that may be seen, -inf for one that may not. Every row of
+        # the causal mask is a part of this one: a square of it would take 64 GiB at C = 131,072.
+        row = torch.zeros(2 * config.context)
+        row[config.context :] = -math.inf
+        self.register_buffer("causal", row, persistent=False)  # (2 C,)
 
     def forward(self, start: int, length: int) -> tuple[Tensor, Tensor, Tensor | None]:
         """For positions start..start+length-1: cos and sin (T, hd), mask (T, start+T).
@@ -122,7 +124,10 @@ class Rotary(nn.Module):
         read from its beginning is causal, which the attention kernel has a faster path for.
         """
         end = start + length
-        mask = self.causal[start:end, :end] if start > 0 and length > 1 else None
+        mask = None
+        if start > 0 and length > 1:
+            first = len(self.causal) // 2 - end  # position t sees t + 1 keys
+            mask = self.causal.unfold(0, end, 1)[first : first + length].flip(0)
         return self.cos[start:end], self.sin[start:end], mask
 
     def tree(self, start: int, positions, seen: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -131,7 +136,7 @@ class Rotary(nn.Module):
         `seen` (T, M) bool: which of the last M keys each node may see; all see the `start` before.
         """
         hidden = torch.zeros_like(seen, dtype=self.causal.dtype).masked_fill_(~seen, -math.inf)
-        before = self.causal[-1, :start].expand(len(seen), start)  # the last row: it sees all
+        before = self.causal[:start].expand(len(seen), start)
         return self.cos[positions], self.sin[positions], torch.cat([before, hidden], 1)
 
 

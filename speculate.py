@@ -39,6 +39,7 @@ N + 1 counts a draft's N tokens with its root, the last certain token. Read next
 
 import math
 import sys
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -174,7 +175,7 @@ def generate(
     top_k: int | None = None,
     top_p: float | None = None,
     seed: int | None = None,
-    stop_token: int | None = None,
+    stop_token: int | Collection[int] | None = None,
     on_cycle=None,
     plan=None,
 ) -> Generation:
@@ -192,6 +193,7 @@ def generate(
         raise UserError(f"max_new_tokens is {max_new_tokens}, it must be at least 1")
     device = target.embed.weight.device
     sampler = Sampler(device, temperature, top_k, top_p, seed)
+    stops = {stop_token} if isinstance(stop_token, int) else set(stop_token or ())
     plan = plan or plan_draft(head, gamma, nodes, target, lookup)
     prompt = torch.tensor(prompt_tokens, device=device)  # (T,)
     limit = min(max_new_tokens, target.config.context - len(prompt_tokens))
@@ -213,7 +215,7 @@ def generate(
     # state of its own yet; the target reads it next.
     known.add(out.tokens, torch.cat([prompt[1:], last[None]]), hidden)
 
-    while len(out.tokens) < limit and out.tokens[-1] != stop_token:
+    while len(out.tokens) < limit and out.tokens[-1] not in stops:
         # Draft below the last token, no deeper than can be written before the target's own token.
         depth = min(plan.depth, limit - len(out.tokens) - 1)
         # It is 0 in plain decoding, and in a last cycle that has room for one token.
@@ -233,8 +235,8 @@ def generate(
         cache.keep(start, kept, in_place=path[-1] == len(path) - 1)
         written, hidden = torch.cat([draft.tokens[kept[1:]], last[None]]), hidden[:, kept]
         known.add(new, written, hidden)
-        if cut := stop_token in new[:-1]:  # the text ends here, and the loop with it
-            new = new[: new.index(stop_token) + 1]
+        if cut := not stops.isdisjoint(new[:-1]):  # the text ends there, and the loop with it
+            new = new[: 1 + min(new.index(stop) for stop in stops & set(new))]
         out.tokens += new
         out.produced.append(len(new))
         out.drafts.append((draft.source, len(draft.tokens) - 1))
@@ -368,12 +370,12 @@ def converse(target, encoding, request: dict) -> None:
             fail(f"this question has {len(prompt)} tokens, there is room for {room}")
             said = []
             continue
-        printer = Printer(encoding, target.chat.stop)
+        printer = Printer(encoding, target.chat.stops)
         out = generate(target, prompt, on_cycle=printer.show, **request)
         printer.finish()
         tau = f", tau {out.acceptance_length:.2f}" if request["plan"].depth else ""
         print(f"({len(out.tokens)} tokens, {out.tokens_per_second:.1f} tokens/s{tau})\n")
-        answer = [token for token in out.tokens if token != target.chat.stop]
+        answer = [token for token in out.tokens if token not in target.chat.stops]
         said.append(encoding.decode(answer))
 
 
@@ -400,8 +402,8 @@ def main() -> None:
     if name != "none":
         print(f"drafting {words}")
     chat = None if config.raw else target.chat
-    stop = encoding.eot_token if chat is None else chat.stop
-    request = config.request | dict(seed=config.seed, stop_token=stop)
+    stops = encoding.stops if chat is None else chat.stops
+    request = config.request | dict(seed=config.seed, stop_token=stops)
     drafting = request | dict(head=head, plan=plan)
     if config.chat:
         return converse(target, encoding, drafting)
@@ -409,7 +411,7 @@ def main() -> None:
     tokens = encode_prompt(encoding, prompt) if chat is None else chat.prompt([prompt])
     # A process's first passes are slow: they are not those that are timed.
     generate(target, tokens, **drafting | {"max_new_tokens": min(8, config.max_new_tokens)})
-    printer, cycles, steps = Printer(encoding, stop, config.trace), [], []
+    printer, cycles, steps = Printer(encoding, stops, config.trace), [], []
     look, look_again = printer.show, None
     if config.html is not None:
         look, look_again = record(cycles, printer.show), record(steps)
@@ -437,7 +439,7 @@ def main() -> None:
     if config.html is not None:
         with atomic_write(Path(config.html)) as file:
             asked = prompt if chat is None else f"{prompt}\n\n"
-            file.write(page(facts, asked, lanes, encoding, stop).encode())
+            file.write(page(facts, asked, lanes, encoding, stops).encode())
         print(f"written: {config.html}")
 
 

@@ -40,7 +40,7 @@ from discriminator import (
 from draft_head import Batch, Guess, HeadConfig, build_head
 from plumbing.cli import UserError, parse, run
 from plumbing.curves import heads_table, plot_training
-from plumbing.files import load_checkpoint, round_weights
+from plumbing.files import load_checkpoint, only_writer, round_weights
 from plumbing.machine import Autocast, choose_autocast, choose_device, keep_heap, origin, trim_heap
 from plumbing.progress import (
     LOG_LINES,
@@ -406,7 +406,7 @@ def train_heads(config: TrainConfig, text: Text | None, device, autocast: Autoca
         train_head(own, name, target, settings, *data[own.head_data], autocast)
     found = [load_checkpoint(folder / f"{name}.pt", "draft head") for name in trained_heads(folder)]
     records = [head["training"] for head in found if head["target"] == target_print]
-    (folder / "heads.md").write_text(heads_table(records) + "\n")
+    (folder / "heads.md").write_text(heads_table(records) + "\n", "utf-8")
     plot_training(folder, [record["name"] for record in records])
     print("\nOn held-out text, of the corpus or of the target's own, drafting along it:")
     print(f"\n{heads_table(records)}\n")
@@ -423,23 +423,23 @@ def main() -> None:
     path = config.folder / "target.pt"
     # A pretrained target that writes its own text needs no other.
     text = read_text(config.data, packages_for(config.target_vocab)) if config.needs_text else None
-    config.folder.mkdir(parents=True, exist_ok=True)
     beside = " (beside the target that came with the code)" if config.preset == "lab" else ""
     print(f"run: {config.folder}{beside}")
-    known_by = target_settings(config)
-    if config.target is not None:
-        source = find_source(config.target)
-        make = partial(import_target, source, path, config.target_context)
-        known_by |= source_settings(source)
-    else:
-        known_by |= {"text": text.description["hash"]}
-        amounts = config.target_tokens, config.batch_tokens, config.target_lr
-        how = config.optimizer, config.seed, known_by, autocast
-        anew = partial(train_target, path, text, config.gpt(), *amounts, *how)
-        make = partial(copy_target, path) if config.preset == "lab" else anew
-    get_target(path, known_by, make, text)
-    if config.heads:
-        train_heads(config, text, device, autocast)
+    with only_writer(config.folder):
+        known_by = target_settings(config)
+        if config.target is not None:
+            source = find_source(config.target)
+            make = partial(import_target, source, path, config.target_context)
+            known_by |= source_settings(source)
+        else:
+            known_by |= {"text": text.description["hash"]}
+            amounts = config.target_tokens, config.batch_tokens, config.target_lr
+            how = config.optimizer, config.seed, known_by, autocast
+            anew = partial(train_target, path, text, config.gpt(), *amounts, *how)
+            make = partial(copy_target, path) if config.preset == "lab" else anew
+        get_target(path, known_by, make, text)
+        if config.heads:
+            train_heads(config, text, device, autocast)
 
 
 if __name__ == "__main__":

@@ -115,7 +115,9 @@ def add_flag(parser, field, kind, default) -> None:
 
 def run(main) -> None:
     """Run a script's main(): its exit status is 0, 2 for bad input, 130 if interrupted."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a polite kill is an interrupt
+    # A polite kill is an interrupt, and one is heard where a shell started us with it ignored.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
     sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that cannot show a character
     try:
         main()

@@ -42,7 +42,7 @@ def heads_table(records: list[dict]) -> str:
 
 def read_log(path: Path) -> dict[str, tuple[list, list]]:
     """Each column of a CSV log: millions of tokens trained on, and the values, where measured."""
-    with open(path, newline="") as file:
+    with open(path, newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     return {
         key: tuple(zip(*[(int(r["tokens"]) / 1e6, float(r[key])) for r in rows if r[key]]))

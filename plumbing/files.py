@@ -4,6 +4,7 @@ Trained weights are rounded to bfloat16 before anything is measured with them. S
 the room, and are the same numbers in whichever dtype they are computed with.
 """
 
+import glob
 import json
 import os
 from contextlib import contextmanager
@@ -14,6 +15,60 @@ from torch import nn
 
 from plumbing.cli import UserError
 
+try:
+    import fcntl
+except ImportError:  # Windows has none: nothing is locked there
+    fcntl = None
+
+
+def runs(process: int) -> bool:
+    """Whether there is a process of this number."""
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # somebody else's
+        return True
+    return True
+
+
+def scratch_of(path: Path) -> Path:
+    """A name beside `path` for this process alone. What killed ones left there is removed."""
+    for left in path.parent.glob(f"{glob.escape(path.name)}.*.part"):
+        number = left.name.split(".")[-2]
+        if number.isdecimal() and os.name == "posix" and not runs(int(number)):
+            left.unlink(missing_ok=True)
+    return path.with_name(f"{path.name}.{os.getpid()}.part")
+
+
+@contextmanager
+def only_writer(folder: Path):
+    """`with only_writer(folder): ...`: no other process may write to this run meanwhile.
+
+    Readers need no lock: every file is whole at any time. A lock goes with its process, however
+    that ends. Raises UserError where another process holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if fcntl is None:
+        yield
+        return
+    with open(folder / ".lock", "a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.seek(0)
+            holder = file.read().strip() or "another"
+            raise UserError(
+                f"{folder} is being written by process {holder}: wait for it, or stop it first"
+            ) from error
+        except OSError:  # a file system without locks
+            yield
+            return
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield
+
 
 @contextmanager
 def atomic_write(path: Path):
@@ -23,7 +78,7 @@ def atomic_write(path: Path):
     interrupt can leave half a file, or take away the previous one. Raises UserError where nothing
     can be written.
     """
-    scratch = path.with_name(path.name + ".part")
+    scratch = scratch_of(path)
     try:
         with open(scratch, "wb") as file:
             yield file
@@ -43,10 +98,9 @@ def check_writable(path: Path) -> None:
     try:
         if path.exists() and not path.is_file():
             raise UserError(f"cannot write {path}: it is no file")
-        scratch = path.with_name(path.name + ".part")
-        if not scratch.exists():
-            scratch.touch()
-            scratch.unlink()
+        scratch = scratch_of(path)
+        scratch.touch()
+        scratch.unlink()
     except OSError as error:  # no such folder, a folder that may not be written to
         raise UserError(f"cannot write {path}: {error}") from error
 
@@ -81,6 +135,20 @@ def save_checkpoint(path: Path, checkpoint: dict) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as file:
         torch.save(checkpoint, file)
+
+
+@contextmanager
+def as_other_version(path: Path):
+    """Whatever does not fit while a checkpoint's content is used: it is another version's."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+        reason = f"no {error}" if isinstance(error, KeyError) else str(error).splitlines()[0]
+        raise UserError(
+            f"{path} was made by another version of this project ({reason}): train it anew"
+        ) from error
 
 
 def load_checkpoint(path: Path, kind: str) -> dict:

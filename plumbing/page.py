@@ -119,7 +119,7 @@ def record(cycles: list, show=None):
     return look
 
 
-def page(facts: list[str], prompt: str, lanes: dict, encoding, stop_token: int) -> str:
+def page(facts: list[str], prompt: str, lanes: dict, encoding, stops) -> str:
     """The page as HTML. `facts`: what is to be told of the run.
 
     `lanes`: name -> (result, cycles) of a run, plain decoding first. The last one is shown in full.
@@ -134,7 +134,7 @@ def page(facts: list[str], prompt: str, lanes: dict, encoding, stop_token: int) 
         *(f"<p>{escape(harmless(fact))}</p>" for fact in facts),
         tiles(lanes),
         f"<h2>The text</h2>{TEXT_KEY}",
-        text(prompt, cycles, encoding, stop_token),
+        text(prompt, cycles, encoding, stops),
         f"<h2>The time</h2>{TIME_KEY}",
         timeline(lanes),
     ]
@@ -163,13 +163,13 @@ def linked(number: int, cycle, inner: str, tag: str) -> str:
     return f'<a href="#cycle-{number}">{inner}</a>' if cycle.p else f"<{tag}>{inner}</{tag}>"
 
 
-def text(prompt: str, cycles: list, encoding, stop_token: int) -> str:
+def text(prompt: str, cycles: list, encoding, stops) -> str:
     """The prompt and what was written, accepted drafts in colour, a group for each cycle."""
     speller, groups = Speller(encoding), [f"<span>{escape(harmless(prompt))}</span>"]
     for number, cycle in enumerate(cycles):
         inner = ""
         for i, token in enumerate(cycle.tokens):
-            spelt = escape(speller.spell(token)) if token != stop_token else ""
+            spelt = escape(speller.spell(token)) if token not in stops else ""
             inner += f"<b>{spelt}</b>" if i < cycle.accepted else spelt
         groups.append(linked(number, cycle, inner, "span"))
     return f'<div class="panel text">{"".join(groups)}{escape(speller.rest())}</div>'

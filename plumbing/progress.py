@@ -149,7 +149,7 @@ class Progress:
         here = {"step": self.step + 1, "tokens": (self.step + 1) * tokens_per_step}
         self.rows.append(here | {"seconds": round(self.elapsed(), 1)} | values)
         columns = list(dict.fromkeys(key for row in self.rows for key in row))
-        with open(self.log_path, "w", newline="") as file:
+        with open(self.log_path, "w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, columns)
             writer.writeheader()
             writer.writerows(self.rows)

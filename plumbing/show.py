@@ -19,8 +19,9 @@ class Printer:
     With `trace` each cycle is told in words instead.
     """
 
-    def __init__(self, encoding, stop_token: int, trace: bool = False):
-        self.encoding, self.stop_token, self.trace, self.cycles = encoding, stop_token, trace, 0
+    def __init__(self, encoding, stops, trace: bool = False):
+        """`stops`: the tokens that end a text, and are not shown."""
+        self.encoding, self.stops, self.trace, self.cycles = encoding, stops, trace, 0
         self.colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
         self.speller = Speller(encoding)
 
@@ -28,7 +29,7 @@ class Printer:
         if self.trace:
             print("\n".join(trace_lines(self.cycles, cycle, self.encoding)))
         for i, token in enumerate(cycle.tokens if not self.trace else ()):
-            if token != self.stop_token:
+            if token not in self.stops:
                 self.write(token, accepted=i < cycle.accepted)
         self.cycles += 1
 

@@ -294,7 +294,7 @@ def main() -> None:
     result = {"target": fingerprint, "equal": "tokens", "cells": compared(results)}
     name, shown = "ablation-tokens", ablation_table(result)
     write_json(folder / f"{name}.json", result)
-    (folder / f"{name}.md").write_text(shown + "\n")
+    (folder / f"{name}.md").write_text(shown + "\n", "utf-8")
     logs = {cell: folder / f"{cell}-seed{recipe.seed}.csv" for cell in GAMES}
     if all(path.is_file() for path in logs.values()):
         plot_games(logs, folder / "games.png")

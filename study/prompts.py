@@ -75,20 +75,23 @@ def read_questions(path: Path) -> list[Question]:
     """
     questions = []
     # Not splitlines: it would cut at characters that JSON may hold as they are.
-    for number, line in enumerate(path.read_text("utf-8").split("\n"), start=1):
+    for number, line in enumerate(path.read_text("utf-8-sig").split("\n"), start=1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
             turns = row["turns"]
             texts = turns if isinstance(turns, list) else []
+            category = row.get("category") or "file"
+            if not isinstance(category, str):
+                raise ValueError("its category is no text")
             if not texts or not all(isinstance(text, str) and text.strip() for text in texts):
                 raise ValueError("its turns are not texts")
         except (ValueError, KeyError, TypeError) as error:
             reason = f"no {error}" if isinstance(error, KeyError) else error
             raise UserError(f"{path}, line {number} is no question: {reason}") from error
         split, loop = row.get("split", "test"), row.get("loop") is True
-        questions.append(Question(row.get("category", "file"), texts, split, loop))
+        questions.append(Question(category, texts, split, loop))
     return questions
 
 
@@ -176,9 +179,9 @@ def held_out_text(trained: dict, split: str) -> Text | None:
 def from_file(path: Path) -> list[Question]:
     """The questions of a .jsonl file; of any other file each line, as a question."""
     try:
-        if path.suffix == ".jsonl":
+        if path.suffix.lower() in (".jsonl", ".json"):
             return read_questions(path)
-        lines = path.read_text("utf-8").splitlines()
+        lines = [line.rstrip("\r") for line in path.read_text("utf-8-sig").split("\n")]
         return [Question("file", [line]) for line in lines if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: {error}") from error
@@ -224,7 +227,11 @@ def check_prompts(config, target, depth: int, prompts: list) -> list[int]:
     for candidate in prompts:
         asked = isinstance(candidate, Question)
         prompt = target.chat.prompt(candidate.turns[:1]) if asked else candidate.tokens
-        check_prompt(target.config, prompt)
+        try:
+            check_prompt(target.config, prompt)
+        except UserError as error:
+            words = " ".join(candidate.turns[0].split())[:40] if asked else "a passage"
+            raise UserError(f"prompt {len(rooms) + 1} ({words!r}): {error}") from error
         room = min(config.max_new_tokens, target.config.context - len(prompt))
         if room < depth + 2:
             raise UserError(f"a prompt has room for {room} new tokens, a cycle needs {depth + 2}")
@@ -267,7 +274,7 @@ def choose_prompts(config, target, candidates: list) -> tuple[list, dict]:
                 if len(said) > 1 and len(prompt) + config.max_new_tokens > target.config.context:
                     break  # it has outgrown the window: its earlier turns count
                 answer = plain_text(number, candidate.category, prompt)
-                answer = [token for token in answer if token != target.chat.stop]
+                answer = [token for token in answer if token not in target.chat.stops]
                 said.append(target.chat.encoding.decode(answer))
         else:
             plain_text(number, candidate.task, candidate.tokens)
@@ -279,7 +286,7 @@ def choose_prompts(config, target, candidates: list) -> tuple[list, dict]:
 
 def request_of(config, target) -> dict:
     """The arguments of `generate` for every text. A chat model stops when its answer ends."""
-    return config.request | {"stop_token": None if target.chat is None else target.chat.stop}
+    return config.request | {"stop_token": None if target.chat is None else target.chat.stops}
 
 
 # --------------------------------------------------------------------- writing them to a file

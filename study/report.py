@@ -180,7 +180,7 @@ def task_table(result: dict) -> str:
 
 def read_result(name: str) -> dict:
     """A committed result of bench.py or of the ablation."""
-    return json.loads((RESULTS / f"{name}.json").read_text())
+    return json.loads((RESULTS / f"{name}.json").read_text("utf-8"))
 
 
 def summary_table() -> str:

@@ -99,8 +99,13 @@ def reckoned(row: dict, prompt: int, whole: int, own: dict, costs: dict) -> tupl
 
 
 def differences(rows: list[dict]) -> dict:
-    """The share of texts that are plain decoding's own, and the largest gap between logits."""
-    gaps = [row["differs"]["gap"] for row in rows if "differs" in row]
+    """The share of texts that are plain decoding's own, and the largest gap between logits.
+
+    Nothing for sampled texts, which are not compared.
+    """
+    if not any("differs" in row for row in rows):
+        return {}
+    gaps = [row["differs"]["gap"] for row in rows if row.get("differs")]
     return {"identical": 1 - len(gaps) / len(rows), "largest_gap": max(gaps, default=0.0)}
 
 

@@ -7,6 +7,7 @@ encoding and decoding, also for pretrained tokenizers (tokenizers.py).
 
 import re
 from collections import Counter, defaultdict
+from contextlib import contextmanager
 
 import numpy as np
 import tiktoken
@@ -76,10 +77,11 @@ def build_encoding(tokenizer: dict) -> tiktoken.Encoding:
         except Exception as error:  # tiktoken fetches its own encodings: no network, no encoding
             fault = f"cannot be loaded: {' '.join(str(error).split())[:100]}"
             raise UserError(f"tiktoken's encoding {tokenizer['name']} {fault}") from error
-        encoding.known, encoding.begin = encoding.n_vocab, []
+        encoding.known, encoding.begin, encoding.added = encoding.n_vocab, [], frozenset()
+        encoding.stops = frozenset({encoding.eot_token})
         return encoding
-    tokens = tokenizer["tokens"]
-    special = tokenizer.get("special", {END_OF_TEXT: len(tokens)})
+    tokens, added = tokenizer["tokens"], tokenizer.get("added", {})
+    special = tokenizer.get("special", {END_OF_TEXT: len(tokens)}) | added
     numbers = set(range(len(tokens))).difference(special.values())
     ranks = {tokens[number].encode("latin-1"): number for number in numbers}
     # A pretrained tokenizer may lack some bytes: its training text never had them. tiktoken needs
@@ -89,9 +91,22 @@ def build_encoding(tokenizer: dict) -> tiktoken.Encoding:
     ranks |= {byte: known + i for i, byte in enumerate(missing)}
     rules = dict(pat_str=tokenizer["pattern"], mergeable_ranks=ranks, special_tokens=special)
     encoding = tiktoken.Encoding("koala-bpe", **rules)
-    encoding.known = known
+    encoding.known, encoding.added = known, frozenset(added)
+    encoding.stops = frozenset({encoding.eot_token, *tokenizer.get("ends", ())})
     encoding.begin = [tokenizer["begin"]] if "begin" in tokenizer else []
     return encoding
+
+
+@contextmanager
+def within_its_limits():
+    """tiktoken panics on a run of about a million blanks: a UserError, as for any other text."""
+    try:
+        yield
+    except BaseException as error:  # its own kind, which is no Exception
+        if type(error).__name__ != "PanicException":
+            raise
+        reason = "a run of alike characters is too long for it"
+        raise UserError(f"this text cannot be cut into tokens: {reason}") from error
 
 
 def encode(encoding: tiktoken.Encoding, text: str | bytes) -> list[int]:
@@ -103,10 +118,11 @@ def encode(encoding: tiktoken.Encoding, text: str | bytes) -> list[int]:
     """
     if isinstance(text, bytes):
         text = text.decode("utf-8", "surrogateescape")
-    tokens = []
+    tokens, found = [], dict(allowed_special=encoding.added, disallowed_special=())
     for index, part in enumerate(re.split("([\udc80-\udcff]+)", text)):
         if index % 2 == 0:
-            tokens += encoding.encode_ordinary(part)
+            with within_its_limits():  # tokens that were added are looked for in any text
+                tokens += encoding.encode(part, **found)
         else:
             raw = part.encode("utf-8", "surrogateescape")
             tokens += [encoding.encode_single_token(bytes([byte])) for byte in raw]
@@ -121,7 +137,9 @@ def encode_prompt(encoding: tiktoken.Encoding, text: str | bytes) -> list[int]:
 
 def tokenize(encoding: tiktoken.Encoding, texts: list[str]) -> torch.Tensor:
     """All texts in one row of tokens (N,), END_OF_TEXT after each."""
-    rows = encoding.encode_ordinary_batch(texts)
+    with within_its_limits():
+        found = dict(allowed_special=encoding.added, disallowed_special=())
+        rows = encoding.encode_batch(texts, **found)
     flat = np.concatenate([np.asarray(row + [encoding.eot_token], np.int32) for row in rows])
     return torch.from_numpy(flat[flat < encoding.known])  # as in `encode`
 

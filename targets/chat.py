@@ -24,8 +24,11 @@ from targets.bpe import encode
 class Chat:
     """The form of conversations with one target."""
 
-    def __init__(self, encoding: tiktoken.Encoding, form: dict):
-        """`form`: the four parts in this file's docstring, by name."""
+    def __init__(self, encoding: tiktoken.Encoding, form: dict, ends: tuple[int, ...] = ()):
+        """`form`: the four parts in this file's docstring, by name.
+
+        `ends`: tokens that end an answer as well; Llama 3 has several.
+        """
         self.encoding, self.form = encoding, form
         names = sorted(encoding.special_tokens_set, key=len, reverse=True)
         self.special = re.compile("(" + "|".join(map(re.escape, names)) + ")")
@@ -35,11 +38,14 @@ class Chat:
         stop, *self.to_ask = self.tokens([(form["to_ask"], True)])
         if stop != self.stop or self.stop not in encoding._special_tokens.values():
             raise UserError("this chat format does not end its turns with one special token")
+        self.stops = frozenset({self.stop, *ends})
 
     @classmethod
     def of(cls, encoding: tiktoken.Encoding, tokenizer: dict) -> "Chat | None":
         """The form in a checkpoint's `tokenizer`; None if its target knows no conversations."""
-        return cls(encoding, tokenizer["chat"]) if "chat" in tokenizer else None
+        if "chat" not in tokenizer:
+            return None
+        return cls(encoding, tokenizer["chat"], tokenizer.get("ends", ()))
 
     def tokens(self, pieces: list[tuple[str, bool]]) -> list[int]:
         """Tokens of (text, trusted) pieces in a row: only trusted ones may hold special tokens.

@@ -23,6 +23,7 @@ import hashlib
 import importlib.util
 import json
 import math
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,6 +52,18 @@ SETTINGS = {
     "mlp_width": ("feed_forward_length", "intermediate_size"),
     "norm_eps": ("attention.layer_norm_rms_epsilon", "rms_norm_eps"),
 }
+# Other settings of GGUF's `llama` that are read, or tell nothing of the model; and values of those
+# that would change it, by which they do not.
+READ = {
+    "rope.freq_base",
+    "rope.dimension_count",
+    "vocab_size",
+    "rope.scaling.original_context_length",
+}
+READ |= {"rope.scaling.finetuned", "attention.causal", "tensor_data_layout", "pooling_type"}
+NEUTRAL = {"rope.scaling.type": "none", "rope.scaling.factor": 1.0, "rope.scale_linear": 1.0}
+NEUTRAL |= {"rope.scaling.attn_factor": 1.0, "embedding_scale": 1.0, "residual_scale": 1.0}
+NEUTRAL |= {"logit_scale": 1.0}
 OUTSIDE = {  # the tensors outside the layers
     "embed": ("token_embd", "model.embed_tokens"),
     "norm": ("output_norm", "model.norm"),
@@ -127,7 +140,7 @@ def import_target(path: Path, checkpoint: Path, context: int) -> None:
 def source_settings(path: Path) -> dict[str, str]:
     """The name and a hash of the model at `path`: two models of one name differ in the hash."""
     digest = hashlib.sha256()
-    for name in [path] if path.is_file() else sorted(path.glob("*.safetensors")):
+    for name in [path] if path.is_file() else weight_files(path):
         with open(name, "rb") as file:
             while block := file.read(1 << 24):
                 digest.update(block)
@@ -150,7 +163,10 @@ def gpt_weights(source: Source) -> dict[str, Tensor]:
 
     def take(name: str) -> Tensor:
         unread.discard(f"{name}.weight")
-        return source.read(f"{name}.weight")
+        values = source.read(f"{name}.weight")
+        if not values.isfinite().all():
+            raise UserError(f"its {name}.weight holds values that are not finite: it is damaged")
+        return values
 
     weights = {}
     for ours, theirs in OUTSIDE.items():
@@ -181,6 +197,10 @@ def read_gguf(path: Path, context: int) -> Source:
     reader = gguf.GGUFReader(path)
     about = {key: field.contents() for key, field in reader.fields.items()}
     tensors = {tensor.name: tensor for tensor in reader.tensors}
+    if about.get("split.count", 1) > 1:
+        raise UserError(
+            f"it is one of {about['split.count']} parts: join them (gguf-split --merge)"
+        )
     architecture = about["general.architecture"]
     if architecture != "llama":
         raise UserError(f"its architecture is {architecture}, only llama can be read")
@@ -193,6 +213,20 @@ def read_gguf(path: Path, context: int) -> Source:
         raise UserError("it rotates a part of each head only")
     if settings.get("rope.scaling.type", "none") != "none":
         raise UserError(f"its rotary embedding is scaled by {settings['rope.scaling.type']}")
+    width = 2 * pairs
+    neutral = NEUTRAL | {"attention.key_length": width, "attention.value_length": width}
+    neutral |= {"attention.scale": width**-0.5}
+    known = READ | {names[GGUF] for names in SETTINGS.values()}
+    for key, value in about.items():
+        name = key.removeprefix("llama.")
+        if name == key or name in known or value in (0, False, ""):
+            continue
+        expected = neutral.get(name)
+        alike = value == expected or (
+            isinstance(value, float) and expected and math.isclose(value, expected, rel_tol=1e-4)
+        )
+        if not alike:
+            raise UserError(f"its {key} is {value}, which this GPT does not have")
 
     def read(name: str) -> Tensor:
         kind, data = tensors[name].tensor_type, tensors[name].data
@@ -209,6 +243,8 @@ def read_gguf(path: Path, context: int) -> Source:
     # Llama 3.1 divides slow rotations by factors. The file has them as a tensor of their own.
     scaled, tied = "rope_freqs.weight" in tensors, "output.weight" not in tensors
     factors = tuple(read("rope_freqs.weight").tolist()) if scaled else ()
+    if not all(math.isfinite(factor) and factor > 0 for factor in factors):
+        raise UserError("its rope_freqs.weight holds values that are no factors: it is damaged")
     theta = settings.get("rope.freq_base", 10000.0)
     vocab_size = len(tokenizer.vocabulary)
     config = gpt_config(settings, GGUF, context, vocab_size, theta, factors, tied)
@@ -221,6 +257,16 @@ def read_gguf(path: Path, context: int) -> Source:
 
 def read_json(path: Path) -> dict:
     return json.loads(path.read_text("utf-8"))
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files of the model's weights; others may lie beside them, such as an adapter's."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        return sorted({folder / name for name in read_json(index)["weight_map"].values()})
+    if not (found := sorted(folder.glob("model*.safetensors"))):
+        raise UserError("it has no model.safetensors (other kinds of weights are not read)")
+    return found
 
 
 def read_safetensors(folder: Path, context: int) -> Source:
@@ -238,10 +284,15 @@ def read_safetensors(folder: Path, context: int) -> Source:
         raise UserError("the width of its heads is not that of the model divided by their number")
     if settings.get("hidden_act", "silu") != "silu":
         raise UserError(f"its activation is {settings['hidden_act']}, this GPT has silu")
+    if quantised := settings.get("quantization_config"):
+        kind = quantised.get("quant_method", "a way of its own")
+        raise UserError(f"its weights are quantised by {kind}, which cannot be read")
     where = {}  # name of a tensor -> its file
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in weight_files(folder):
         with safe_open(path, "pt") as file:
             where |= dict.fromkeys(file.keys(), path)
+    # Tables of the rotary embedding, which older versions of transformers wrote as well.
+    where = {name: path for name, path in where.items() if not name.endswith(".inv_freq")}
 
     def read(name: str) -> Tensor:
         with safe_open(where[name], "pt") as file:
@@ -289,11 +340,29 @@ def chat_form(template: str, bos: str, eos: str) -> dict:
     Raises UserError for a template with anything but fixed strings between turns.
     """
     from jinja2 import TemplateError
+    from jinja2.ext import Extension
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    class Generation(Extension):
+        """{% generation %} marks the answers for training, and writes nothing."""
+
+        tags = {"generation"}
+
+        def parse(self, parser):
+            next(parser.stream)
+            return parser.parse_statements(["name:endgeneration"], drop_needle=True)
+
+    def refuse(message: str):
+        raise TemplateError(message)
+
+    # As transformers has it: its extensions and functions, and `tools` there, but none.
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", Generation]
+    )
+    environment.globals |= {"raise_exception": refuse, "strftime_now": time.strftime}
     marks = [f"<mark{i}>" for i in range(5)]
     given = {"add_generation_prompt": True, "bos_token": bos, "eos_token": eos}
+    given |= {"tools": None, "documents": None}
 
     def strings(count: int, blank: str = "") -> list[str]:
         """The strings around `count` messages, each a mark with `blank` at both ends."""

@@ -15,7 +15,7 @@ from torch import nn
 from draft_head import KINDS, HeadConfig, build_head
 from model import GPT, GPTConfig
 from plumbing.cli import UserError
-from plumbing.files import load_checkpoint, save_checkpoint, stored
+from plumbing.files import as_other_version, load_checkpoint, save_checkpoint, stored
 from plumbing.progress import check_same
 from targets.text import Text
 
@@ -71,10 +71,11 @@ def save_target(path: Path, target: GPT, tokenizer: dict, training: dict) -> Non
 def load_target(path: Path, device="cpu", dtype=torch.float32) -> tuple[GPT, dict]:
     """The target at `path`, frozen, and its checkpoint."""
     checkpoint = load_checkpoint(path, "target")
-    target = GPT(GPTConfig(**checkpoint["config"]))
-    target.load_state_dict(checkpoint["weights"])
-    if fingerprint(target) != checkpoint["fingerprint"]:
-        raise UserError(f"{path} is damaged: its weights do not match their fingerprint")
+    with as_other_version(path):
+        target = GPT(GPTConfig(**checkpoint["config"]))
+        target.load_state_dict(checkpoint["weights"])
+        if fingerprint(target) != checkpoint["fingerprint"]:
+            raise UserError(f"{path} is damaged: its weights do not match their fingerprint")
     return target.to(device, dtype).eval().requires_grad_(False), checkpoint
 
 
@@ -123,11 +124,12 @@ def load_head(path: Path, target: GPT, target_fingerprint: str | None = None) ->
     Raises UserError for a head of another target: it would draft nonsense.
     """
     checkpoint = load_checkpoint(path, "draft head")
-    if checkpoint["target"] != (target_fingerprint or fingerprint(target)):
-        raise UserError(f"{path} was trained for another target: train it anew with train.py")
-    head = build_head(HeadConfig(**checkpoint["config"]), target)
-    head.load_state_dict(checkpoint["weights"])
-    head.training_record = checkpoint["training"]
+    with as_other_version(path):
+        if checkpoint["target"] != (target_fingerprint or fingerprint(target)):
+            raise UserError(f"{path} was trained for another target: train it anew with train.py")
+        head = build_head(HeadConfig(**checkpoint["config"]), target)
+        head.load_state_dict(checkpoint["weights"])
+        head.training_record = checkpoint["training"]
     return head.to(target.embed.weight.dtype).eval().requires_grad_(False)
 
 

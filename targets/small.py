@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model import GPT, GPTConfig
+from plumbing.cli import UserError
 from plumbing.files import round_weights
 from plumbing.machine import bfloat16_cost, origin
 from plumbing.progress import LOG_LINES, Progress, batch_indices, is_due, schedule
@@ -109,6 +110,9 @@ def train_target(
     seconds = progress.elapsed()
     round_weights(target)
     bits = bits_per_byte(target, whole, byte_counts, autocast)
+    if not math.isfinite(bits):
+        progress.finish()  # nothing can be made of it
+        raise UserError("the target diverged: try another --seed, or more --batch_tokens")
     record = {"settings": known_by, "optimizer": optimizer, "dtype": str(autocast.dtype)}
     record |= {"parameters": count, "data": data, "seconds": seconds, "valid_bits_per_byte": bits}
     record |= {"origin": origin()}

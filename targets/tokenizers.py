@@ -23,6 +23,7 @@ LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
     r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+ORDINARY, ADDED = 1, 4  # types of tokens in GGUF
 CUTS = (("Isolated", False), ("Removed", True))  # behavior and invert of a pattern's pieces
 PATTERNS = {"gpt-2": GPT2, "smollm": DIGITS, "llama-bpe": LLAMA3}
 
@@ -33,9 +34,11 @@ class Tokenizer(NamedTuple):
     vocabulary: list[str | None]  # tokens by number, in GPT-2's byte characters; None: unused
     merges: list[tuple[str, str]]
     special: dict[str, int]  # tokens that no text is cut into
+    added: dict[str, int]  # tokens that are looked for in any text, before it is cut
+    whole: bool  # whether a piece that is a token becomes it, also where no merges lead there
     pattern: str
     begin: int | None  # the token that the model expects before any text
-    end: int  # the token after the end of a text
+    ends: list[int]  # the tokens after the end of a text
     bos: str  # bos_token in its chat template
     eos: str  # eos_token in its chat template
 
@@ -43,9 +46,13 @@ class Tokenizer(NamedTuple):
 def byte_level_bpe(tokenizer: Tokenizer) -> dict:
     """The tokenizer as plain values, for `bpe.build_encoding`.
 
-    Raises UserError where numbers and merges differ in order.
+    Raises UserError where tiktoken would cut a text into other tokens.
     """
     vocabulary, special = tokenizer.vocabulary, dict(tokenizer.special)
+    added, ends = tokenizer.added, tokenizer.ends
+    for token in added:
+        if any(other != token and other.startswith(token) for other in special | added):
+            raise UserError(f"its added token {token!r} is the beginning of another one")
     # GPT-2 writes each byte as a character: printable ones as they are, the others from 256 on.
     shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
     hidden = [byte for byte in range(256) if byte not in shown]
@@ -54,17 +61,37 @@ def byte_level_bpe(tokenizer: Tokenizer) -> dict:
     joined = [number["".join(merge)] for merge in tokenizer.merges]
     if joined != sorted(joined):
         raise UserError("its tokenizer's merges are not in the order of its tokens' numbers")
+    ordinary = [t for t in vocabulary if t is not None and t not in special and t not in added]
+    if not tokenizer.whole and (lost := unreachable(ordinary, tokenizer.merges)):
+        raise UserError(f"no merges lead to its token {lost!r}, which tiktoken would use")
     tokens = []
     for i, token in enumerate(vocabulary):
         if token is None:  # a row of the embedding that no token uses
             token = f"<|unused {i}|>"
             special[token] = i
-        if token not in special:
+        if token not in special and token not in added:
             token = bytes(byte_of[c] for c in token).decode("latin-1")
         tokens.append(token)
-    special.setdefault(END_OF_TEXT, tokenizer.end)
+    special.setdefault(END_OF_TEXT, ends[0])
     values = {"name": "bpe", "pattern": tokenizer.pattern, "tokens": tokens, "special": special}
+    values |= {"added": dict(added)} if added else {}
+    values |= {"ends": ends} if len(ends) > 1 else {}
     return values if tokenizer.begin is None else values | {"begin": tokenizer.begin}
+
+
+def unreachable(tokens: list[str], merges: list[tuple[str, str]]) -> str | None:
+    """The first token that is not what its own characters are merged to; None: there is none."""
+    ranks = {merge: rank for rank, merge in reversed([*enumerate(merges)])}
+    for token in tokens:
+        parts = list(token)
+        while len(parts) > 1:
+            pairs = [ranks.get(pair, len(merges)) for pair in zip(parts, parts[1:])]
+            best = min(pairs)
+            if best == len(merges):
+                return token
+            i = pairs.index(best)
+            parts[i : i + 2] = [parts[i] + parts[i + 1]]
+    return None
 
 
 # ---------------------------------------------------------------------------------------- GGUF
@@ -79,13 +106,20 @@ def tokenizer_in_gguf(about: dict) -> Tokenizer:
         raise UserError(f"its tokenizer is {kind}, only byte-level BPE can be read")
     if cut not in PATTERNS:
         raise UserError(f"its tokenizer cuts text by {cut}, known are {', '.join(PATTERNS)}")
-    tokens, bos, eos = about["tokens"], about["bos_token_id"], about["eos_token_id"]
-    ordinary = [kind == 1 for kind in about["token_type"]]
+    tokens, kinds = about["tokens"], about["token_type"]
+    ends = [
+        about[f"{name}_token_id"] for name in ("eos", "eot", "eom") if f"{name}_token_id" in about
+    ]
+    if not ends:
+        raise UserError("it names no token for the end of a text (tokenizer.ggml.eos_token_id)")
+    bos, ends = about.get("bos_token_id"), list(dict.fromkeys(ends))
     merges = [tuple(merge.split(" ")) for merge in about["merges"]]
-    special = {token: i for i, token in enumerate(tokens) if not ordinary[i]}
+    special = {token: i for i, token in enumerate(tokens) if kinds[i] not in (ORDINARY, ADDED)}
+    added = {token: i for i, token in enumerate(tokens) if kinds[i] == ADDED}
     # Where the file is silent, llama.cpp puts this token before the texts of Llama 3 alone.
     begin = bos if about.get("add_bos_token", cut == "llama-bpe") else None
-    return Tokenizer(tokens, merges, special, PATTERNS[cut], begin, eos, tokens[bos], tokens[eos])
+    whole, shown = cut == "llama-bpe", ("" if bos is None else tokens[bos], tokens[ends[0]])
+    return Tokenizer(tokens, merges, special, added, whole, PATTERNS[cut], begin, ends, *shown)
 
 
 # ------------------------------------------------------------------------------ tokenizer.json
@@ -97,14 +131,24 @@ def tokenizer_in_json(file: dict, about: dict, model: dict) -> Tokenizer:
     `about` comes from tokenizer_config.json, `model` from config.json.
     """
     bpe = file["model"]
-    if bpe["type"] != "BPE" or file.get("normalizer") or bpe.get("byte_fallback"):
+    if bpe.get("type", "BPE") != "BPE" or file.get("normalizer") or bpe.get("byte_fallback"):
         raise UserError("its tokenizer is no byte-level BPE (SentencePiece?), which cannot be read")
-    special = {token["content"]: token["id"] for token in file["added_tokens"]}
-    # The model may have no row for a token that was added later.
-    special = {token: i for token, i in special.items() if i < model["vocab_size"]}
-    ids = {i: token for token, i in (bpe["vocab"] | special).items()}
-    end = model["eos_token_id"]
-    end = end[0] if isinstance(end, list) else end
+    special, added = {}, {}
+    for token in file.get("added_tokens", ()):
+        if token["id"] >= model["vocab_size"]:
+            continue  # the model has no row for a token that was added later
+        wide = [name for name in ("lstrip", "rstrip", "single_word") if token.get(name)]
+        if wide and not token.get("special"):
+            raise UserError(f"its added token {token['content']!r} is found by {wide[0]}")
+        (special if token.get("special") else added)[token["content"]] = token["id"]
+    ids = {i: token for token, i in (bpe["vocab"] | special | added).items()}
+    ends = model.get("eos_token_id")
+    ends = list(ends) if isinstance(ends, list) else [] if ends is None else [ends]
+    if not ends and (named_end := about.get("eos_token")):
+        content = named_end["content"] if isinstance(named_end, dict) else named_end
+        ends = [i for i, token in ids.items() if token == content]
+    if not ends:
+        raise UserError("it names no token for the end of a text (eos_token_id)")
 
     def named(name: str, default: str) -> str:
         token = about.get(name) or default
@@ -114,8 +158,9 @@ def tokenizer_in_json(file: dict, about: dict, model: dict) -> Tokenizer:
     merges = [tuple(m.split(" ") if isinstance(m, str) else m) for m in bpe["merges"]]
     pattern = pattern_of(file["pre_tokenizer"])
     begin = special.get(begin_of(file.get("post_processor") or {}))
-    bos, eos = named("bos_token", ""), named("eos_token", ids[end])
-    return Tokenizer(vocabulary, merges, special, pattern, begin, end, bos, eos)
+    bos, eos = named("bos_token", ""), named("eos_token", ids[ends[0]])
+    whole = bool(bpe.get("ignore_merges"))
+    return Tokenizer(vocabulary, merges, special, added, whole, pattern, begin, ends, bos, eos)
 
 
 def pattern_of(pre_tokenizer: dict) -> str:

@@ -101,7 +101,7 @@ class Conversations:
         folder.mkdir(parents=True, exist_ok=True)
         if self.index.is_file():
             try:
-                saved = json.loads(self.index.read_text())
+                saved = json.loads(self.index.read_text("utf-8"))
                 self.count, self.seconds = saved.pop("count"), saved.pop("seconds")
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise UserError(f"{self.index} is damaged: remove {folder}") from error
@@ -332,7 +332,8 @@ def write_until(written, target, encoding, chat, openings, amount: int, temperat
         if needed >= length:
             reason = f"chats begin with up to {needed} tokens"
             raise UserError(f"--head_window {length} is too small: {reason}")
-    banned = sorted(set(encoding._special_tokens.values()) - {stop})
+    control = {i for token, i in encoding._special_tokens.items() if token not in encoding.added}
+    banned = sorted(control - {stop})
     banned = torch.tensor(banned, device=device, dtype=torch.long)
     while written.count * length < amount:
         if shutil.disk_usage(written.folder).free < written.bytes:

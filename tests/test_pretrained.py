@@ -176,6 +176,10 @@ class Gguf:
     more: dict = field(default_factory=dict)  # further tensors
     scaling: str | None = None
     add_bos: bool | None = None
+    settings: dict = field(default_factory=dict)  # further ones
+    added: tuple = ()  # tokens that are added ones, found in any text
+    spoilt: str = ""  # a tensor with a value that is not finite
+    ends: dict = field(default_factory=lambda: {"bos": 1, "eos": 2})
 
     def write(self, path: Path) -> dict[str, torch.Tensor]:
         """Returns the weights as what can be read back, by their names on the hub."""
@@ -194,16 +198,22 @@ class Gguf:
         writer.add_tokenizer_model(self.model)
         writer.add_tokenizer_pre(self.pre)
         writer.add_token_list(TOKENS)
-        writer.add_token_types([3 if token in SPECIAL else 1 for token in TOKENS])
+        kinds = [3 if token in SPECIAL else 4 if token in self.added else 1 for token in TOKENS]
+        writer.add_token_types(kinds)
         writer.add_token_merges(self.merges)
-        writer.add_bos_token_id(1)
-        writer.add_eos_token_id(2)
+        for name, number in self.ends.items():
+            writer.add_uint32(f"tokenizer.ggml.{name}_token_id", number)
+        kinds = {float: writer.add_float32, int: writer.add_uint32, str: writer.add_string}
+        for name, value in self.settings.items():
+            kinds[type(value)](name, value)
         if self.add_bos is not None:
             writer.add_add_bos_token(self.add_bos)
         if self.template:
             writer.add_chat_template(self.template)
         exact = {}
         for name, values in hugging_face_weights(len(TOKENS), self.tied).items():
+            if name == self.spoilt:
+                values.view(-1)[7] = torch.inf
             exact[name] = self.add(writer, name.removesuffix(".weight"), values)
         for name, values in self.more.items():
             writer.add_tensor(name, values.numpy())
@@ -246,10 +256,13 @@ class Folder:
     more: dict = field(default_factory=dict)
     tied: bool = False
     vocab: int = len(TOKENS) + 2
+    spoilt: str = ""  # a tensor with a value that is not a number
 
     def write(self, path: Path) -> dict[str, torch.Tensor]:
         path.mkdir()
         weights = hugging_face_weights(self.vocab, self.tied)
+        if self.spoilt:
+            weights[self.spoilt].view(-1)[3] = torch.nan
         names = sorted(weights)
         for i, part in enumerate((names[::2], names[1::2])):  # in two files, as large models are
             tensors = {name: weights[name] for name in part} | (self.more if i else {})
@@ -473,6 +486,50 @@ REFUSED = {
         "blanks around",
     ),
     "a template that is none": (Gguf(template="{% for %}"), "chat template"),
+    "a setting that changes the model": (
+        Gguf(settings={"llama.attention.sliding_window": 64}),
+        "llama.attention.sliding_window is 64",
+    ),
+    "linear scaling without a type": (
+        Gguf(settings={"llama.rope.scaling.factor": 4.0}),
+        "llama.rope.scaling.factor is 4.0",
+    ),
+    "linear scaling in the older way": (
+        Gguf(settings={"llama.rope.scale_linear": 2.0}),
+        "llama.rope.scale_linear is 2.0",
+    ),
+    "scores of another size": (Gguf(settings={"llama.attention.scale": 0.5}), "attention.scale"),
+    "a model of experts": (Gguf(settings={"llama.expert_count": 8}), "llama.expert_count is 8"),
+    "one part of several": (Gguf(settings={"split.count": 2}), "one of 2 parts"),
+    "a spoilt weight": (
+        Gguf(spoilt="model.layers.1.mlp.down_proj.weight", quantized=()),
+        "blk.1.ffn_down.weight holds values that are not finite",
+    ),
+    "a spoilt weight on the hub": (
+        Folder(spoilt="model.layers.0.self_attn.k_proj.weight"),
+        "model.layers.0.self_attn.k_proj.weight holds values that are not finite",
+    ),
+    "factors that are none": (
+        Gguf(more={"rope_freqs.weight": torch.tensor([1.0, torch.nan, 4.0, 8.0])}),
+        "rope_freqs.weight",
+    ),
+    "no token for the end": (Gguf(ends={"bos": 1}), "names no token for the end of a text"),
+    "no token for the end on the hub": (
+        Folder({"eos_token_id": None}),
+        "names no token for the end of a text",
+    ),
+    "quantised on the hub": (
+        Folder({"quantization_config": {"quant_method": "gptq"}}),
+        "quantised by gptq",
+    ),
+    "a token that no merges make": (
+        Gguf(merges=MERGE_LINES[:-1]),
+        "no merges lead to its token",
+    ),
+    "a token that no merges make, on the hub": (
+        Folder(model={"merges": MERGE_LINES[:-1]}),
+        "no merges lead to its token",
+    ),
     "merges out of order": (Gguf(merges=MERGE_LINES[::-1]), "merges are not in the order"),
     "merges out of order on the hub": (
         Folder(model={"merges": MERGE_LINES[::-1]}),
@@ -773,5 +830,5 @@ def test_a_prompt_is_a_question_or_with_raw_the_beginning_of_a_text(
     target, _, encoding = speculate.load(folder, None, "cpu", "float32")
     question, text = target.chat.prompt(["Hello"]), encode_prompt(encoding, "Hello")
     assert question != text
-    stop = encoding.eot_token if raw else target.chat.stop
+    stop = encoding.stops if raw else target.chat.stops
     assert seen and all(each == (text if raw else question, stop) for each in seen)

@@ -1,0 +1,400 @@
+"""Faults that users of systems like this one reported, tried here: see each test's first line.
+
+Each is a kind of fault, with inputs of our own. What a target from elsewhere must not bring along
+is in test_pretrained.py.
+"""
+
+import json
+import multiprocessing
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TINY
+from toys import ScriptedHead, ScriptedTarget, random_prompts, tiny_head, tiny_target
+
+import speculate
+import train
+from drafts import GrowingTree, fixed_tree
+from model import GPTConfig, Rotary
+from plumbing.cli import UserError
+from plumbing.files import atomic_write, load_checkpoint, only_writer, save_checkpoint
+from recipe import PRESETS
+from speculate import generate
+from study.prompts import from_file, read_questions
+from targets.bpe import PIECES, build_encoding, encode, tokenize
+from targets.runs import load_head, load_target
+from targets.text import SPLITS, Document, filled, load_documents, pieces, read_paths
+
+CPU = torch.device("cpu")
+
+# -------------------------------------------------------------------- two writers, broken files
+
+
+def hold(folder, ready, leave):
+    with only_writer(folder):
+        ready.set()
+        leave.wait(30)
+
+
+def test_a_second_writer_is_told_who_writes(tmp_path):
+    """Two commands on one folder would write each other's files."""
+    context = multiprocessing.get_context("spawn")
+    ready, leave = context.Event(), context.Event()
+    first = context.Process(target=hold, args=(tmp_path, ready, leave))
+    first.start()
+    assert ready.wait(30)
+    with (
+        pytest.raises(UserError, match=f"is being written by process {first.pid}:"),
+        only_writer(tmp_path),
+    ):
+        pass
+    first.kill()  # a lock of a dead process holds nothing
+    first.join()
+    with only_writer(tmp_path):
+        assert (tmp_path / ".lock").read_text() == str(os.getpid())
+    with only_writer(tmp_path):
+        pass
+
+
+def test_training_refuses_a_folder_that_is_being_written(tiny_run, tmp_path, call):
+    run = shutil.copytree(tiny_run.folder, tmp_path / "run")
+    before = {path.name: path.read_bytes() for path in run.glob("*.pt")}
+    context = multiprocessing.get_context("spawn")
+    ready, leave = context.Event(), context.Event()
+    first = context.Process(target=hold, args=(run, ready, leave))
+    first.start()
+    assert ready.wait(30)
+    status, out, err = call(train.main, *tiny_run.flags, "--out_dir", run)
+    leave.set()
+    first.join()
+    assert status == 2 and f"written by process {first.pid}" in err and err.count("\n") == 1
+    assert before == {path.name: path.read_bytes() for path in run.glob("*.pt")}
+    assert call(train.main, *tiny_run.flags, "--out_dir", run)[0] == 0
+
+
+def save_often(path, value):
+    for _ in range(30):
+        save_checkpoint(path, {"kind": "draft head", "value": torch.full((2000,), value)})
+
+
+def test_two_processes_that_save_one_file_leave_it_whole_at_any_time(tmp_path):
+    """Under one scratch name a reader found it damaged in one look of eleven."""
+    path, context = tmp_path / "head.pt", multiprocessing.get_context("spawn")
+    save_checkpoint(path, {"kind": "draft head", "value": torch.full((2000,), 0)})
+    writers = [context.Process(target=save_often, args=(path, value)) for value in (1, 2)]
+    for writer in writers:
+        writer.start()
+    looks = 0
+    while any(writer.is_alive() for writer in writers):
+        assert load_checkpoint(path, "draft head")["value"].unique().numel() == 1
+        looks += 1
+    assert looks > 5 and [writer.exitcode for writer in writers] == [0, 0]
+    assert [file.name for file in tmp_path.iterdir()] == ["head.pt"]
+
+
+def test_what_a_killed_process_left_is_cleared_away(tmp_path):
+    dead = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], text=True,
+                          capture_output=True).stdout.strip()  # fmt: skip
+    left, other = tmp_path / f"a[1].pt.{dead}.part", tmp_path / f"b.pt.{dead}.part"
+    ours = tmp_path / f"a[1].pt.{os.getppid()}.part"  # its process is there
+    for path in (left, other, ours):
+        path.write_bytes(b"half")
+    with atomic_write(tmp_path / "a[1].pt") as file:
+        file.write(b"whole")
+    assert {path.name for path in tmp_path.iterdir()} == {"a[1].pt", other.name, ours.name}
+
+
+@pytest.mark.parametrize(
+    "change", ["a setting more", "no config", "a weight more", "a weight less"]
+)
+@pytest.mark.parametrize("name", ["target.pt", "eagle.pt"])
+def test_a_checkpoint_of_another_version_is_named(tiny_run, tmp_path, change, name):
+    """It was a TypeError, a KeyError or a RuntimeError."""
+    path = tmp_path / name
+    checkpoint = load_checkpoint(
+        tiny_run.folder / name, "target" if name == "target.pt" else "draft head"
+    )
+    if change == "a setting more":
+        checkpoint["config"]["sliding_window"] = 5
+    elif change == "no config":
+        del checkpoint["config"]
+    elif change == "a weight more":
+        checkpoint["weights"]["blocks.0.extra"] = torch.zeros(2)
+    else:
+        checkpoint["weights"].popitem()
+    save_checkpoint(path, checkpoint)
+    target, _ = load_target(tiny_run.folder / "target.pt")
+    with pytest.raises(UserError, match="was made by another version of this project") as caught:
+        load_target(path) if name == "target.pt" else load_head(path, target)
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+# ------------------------------------------------------------------------ numbers that are none
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("share", [0.3, 1.0])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_draft_that_is_no_number_does_not_change_the_text(value, share, temperature):
+    """NaN ranks above everything: the root fell out of its own tree, and 3 of 40 tokens were right.
+
+    At temperature 1 trees alone: they name their tokens, whose verdicts do not ask q.
+    """
+    target = tiny_target(seed=2)
+    plans = [GrowingTree(8, 4, 3, CPU), GrowingTree(12, 2, 4, CPU)]
+    plans += [fixed_tree(((0,), (1,), (0, 0)), CPU)]
+    for kind in ("eagle", "medusa"):
+        head = tiny_head(kind, 1, target, steps=20)
+        torch.manual_seed(3)
+        expand = head.expand
+
+        def spoilt(*arguments, expand=expand):
+            logits = expand(*arguments)
+            return logits.masked_fill(torch.rand(logits.shape) < share, value)
+
+        head.expand = spoilt
+        for prompt in random_prompts(target, (2, 9)):
+            for plan in plans[2:] if kind == "medusa" else plans:
+                seeded = dict(temperature=temperature, seed=1)
+                out = generate(target, prompt, 20, head=head, plan=plan, **seeded)
+                if temperature == 0:
+                    assert out.tokens == generate(target, prompt, 20).tokens
+                assert all(0 <= token < target.config.vocab_size for token in out.tokens)
+                assert len(out.tokens) in (20, target.config.context - len(prompt))
+
+
+def test_a_target_that_diverged_is_not_saved(text_folder, tmp_path, call, monkeypatch):
+    """It was saved as finished, and decoded to nonsense or an IndexError."""
+    flags = [*TINY.split(), "--data", text_folder, "--head", "none", "--out_dir", tmp_path / "run"]
+    with monkeypatch.context() as patch:
+        patch.setitem(PRESETS["smoke"], "target_lr", 1e12)
+        status, out, err = call(train.main, *flags)
+    assert status == 2 and "the target diverged: try another --seed" in err
+    assert not (tmp_path / "run" / "target.pt").exists()
+    status, out, err = call(train.main, *flags)  # what it left does not stand in the way
+    assert (status, err) == (0, "")
+
+
+# ------------------------------------------------------------------------------- text of all kinds
+
+
+def texts(count: int, size: int) -> list[Document]:
+    return [Document(f"{i}", f"{i}", "x" * size) for i in range(count)]
+
+
+@pytest.mark.parametrize("count", [20, 21, 30, 40, 60, 100, 1000])
+def test_every_part_of_the_split_has_its_share_whatever_the_number_of_files(count):
+    """By a threshold on hashes two folders of 20 files in three left a part empty."""
+    for salt in range(20):
+        documents = [d for d in texts(count, 100)]
+        documents = [Document(f"{salt} {d.name}", f"{salt} {d.group}", d.text) for d in documents]
+        found = list(filled(documents).values())
+        for split in ("valid", "test"):
+            assert abs(found.count(split) - count / 20) <= 0.5, split
+
+
+def test_every_part_has_its_share_whatever_the_sizes_of_files():
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(30):
+        sizes = (10 ** (2 + 2 * torch.rand(150, generator=generator))).long().tolist()
+        documents = [Document(f"{i}", f"{i}", "x" * size) for i, size in enumerate(sizes)]
+        split, total = filled(documents), sum(sizes)
+        for name in ("valid", "test"):
+            size = sum(size for i, size in enumerate(sizes) if split[f"{i}"] == name)
+            assert abs(size - total / 20) <= max(sizes) / 2
+
+
+@pytest.mark.parametrize("form", ["lines", "one line", "no blank"])
+@pytest.mark.parametrize("files", [1, 3, 25])
+def test_few_files_are_cut_so_that_every_part_has_its_share(tmp_path, form, files):
+    words = {"lines": "a line of it\n", "one line": "a word or two ", "no blank": "abcdefghij"}
+    for i in range(files):
+        text = "".join(f"{words[form]}{i}{j}" for j in range(400_000 // len(words[form]) // files))
+        (tmp_path / f"{i}.txt").write_text(text)
+    splits = load_documents([str(tmp_path)])
+    sizes = {split: sum(len(d.text) for d in splits[split]) for split in SPLITS}
+    for split in ("valid", "test"):
+        assert 0.035 < sizes[split] / sum(sizes.values()) < 0.065
+    whole = "".join(d.text for part in splits.values() for d in part)
+    assert len(whole) == sum(len(path.read_text()) for path in tmp_path.iterdir())
+
+
+def test_a_text_is_cut_at_line_ends_else_at_blanks_else_anywhere():
+    assert pieces("aaaa\nbbbb\ncc dd ee", 6) == ["aaaa\n", "bbbb\n", "cc dd ee"]
+    assert pieces("aaaa bbbb cccc dddd", 6) == ["aaaa ", "bbbb ", "cccc dddd"]
+    assert pieces("abcdefghijklmnopqrst", 6) == ["abcdef", "ghijkl", "mnopqrst"]
+    for text in ("", "a", "a\n" * 50, "word " * 33, "x" * 101):
+        assert "".join(pieces(text, 10)) == text
+
+
+def test_file_names_that_are_no_utf8_are_read_like_any_other(tmp_path):
+    """Their hash was a UnicodeEncodeError that named no file."""
+    folder = tmp_path / "text"
+    folder.mkdir()
+    for name in (b"caf\xe9.txt", b"line\nbreak.txt", b"back\\slash.txt", b"plain.txt"):
+        with open(os.path.join(os.fsencode(folder), name), "w") as file:
+            file.write(f"{name!r} has a line like this one\n" * 2000)
+    assert sum(len(part) for part in load_documents([str(folder)]).values()) >= 4
+
+
+def test_files_of_another_encoding_are_counted(tmp_path, capsys):
+    """Half of a folder was passed over without a word."""
+    (tmp_path / "utf8.txt").write_text("gr\u00fc\u00dfe\n" * 100, "utf-8")
+    (tmp_path / "latin.txt").write_text("gr\u00fc\u00dfe\n" * 100, "latin-1")
+    (tmp_path / "picture.png").write_bytes(b"\x89PNG\0\xff" * 100)
+    names = {document.name.split("#")[0] for document in read_paths([str(tmp_path)])}
+    assert names == {"utf8.txt"}
+    assert "1 files passed over, such as latin.txt: they are not UTF-8" in capsys.readouterr().out
+
+
+def test_the_same_text_by_two_names_is_read_once(tmp_path):
+    """A link beside its file stood in training and in test."""
+    (tmp_path / "a.txt").write_text("some text\n" * 300)
+    (tmp_path / "b.txt").symlink_to(tmp_path / "a.txt")
+    (tmp_path / "c.txt").write_text("some text\n" * 300)
+    (tmp_path / "d.txt").write_text("other text\n" * 300)
+    documents = read_paths([str(tmp_path)])
+    assert {document.name.split("#")[0] for document in documents} == {"a.txt", "d.txt"}
+
+
+@pytest.mark.parametrize("mark", ["\u2028", "\u2029", "\u0085", "\x0c", "\x1c"])
+@pytest.mark.parametrize("bom", ["", "\ufeff"])
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_prompt_files_are_cut_at_line_breaks_alone(tmp_path, mark, bom, end):
+    """`splitlines` breaks JSON at U+2028 and its like; a byte order mark was taken for JSON."""
+    rows = [{"turns": [f"one{mark}two"]}, {"turns": ["three"], "category": f"c{mark}d"}]
+    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+    for name in ("q.jsonl", "q.JSONL", "q.json"):
+        (tmp_path / name).write_bytes((bom + end.join(lines) + end).encode())
+        questions = from_file(tmp_path / name)
+        assert [q.turns for q in questions] == [[f"one{mark}two"], ["three"]]
+    (tmp_path / "q.txt").write_bytes((bom + f"one{mark}two{end}three{end}").encode())
+    assert [q.turns for q in from_file(tmp_path / "q.txt")] == [[f"one{mark}two"], ["three"]]
+
+
+@pytest.mark.parametrize("category", [5, ["a"], {"a": 1}, True])
+def test_a_category_that_is_no_text_is_refused_by_its_line(tmp_path, category):
+    """It was a TypeError after everything was measured."""
+    path = tmp_path / "q.jsonl"
+    rows = [{"turns": ["a"], "category": None}, {"turns": ["b"], "category": category}]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(UserError, match="line 2 is no question: its category is no text"):
+        read_questions(path)
+
+
+# ----------------------------------------------------------------------------------------- tokens
+
+ADDED = {
+    "name": "bpe",
+    "pattern": PIECES,
+    "tokens": [*map(chr, range(256)), "ab", "<think>", "    ", "<end>"],
+    "special": {"<|endoftext|>": 259, "<end>": 259},
+    "added": {"<think>": 257, "    ": 258},
+}
+ADDED["special"] = {"<|endoftext|>": 259}
+
+
+def test_added_tokens_are_found_in_any_text_and_control_tokens_are_not():
+    """`<think>` was eight tokens, in silence; and nobody may end a text by spelling its end."""
+    encoding = build_encoding(ADDED)
+    text = "ab<think>ab    ab<|endoftext|>"
+    expected = [256, 257, 256, 258, 256, *b"<|endoftext|>"]
+    assert encode(encoding, text) == expected
+    assert tokenize(encoding, [text]).tolist() == [*expected, 259]
+    assert encode(encoding, text.encode() + b"\xff") == [*expected, 255]
+    assert encoding.decode(expected) == text
+
+
+def test_a_text_too_long_for_tiktoken_is_refused(monkeypatch):
+    """Its panic is no Exception: status 1, and a message of Rust's."""
+    encoding = build_encoding(ADDED)
+
+    class PanicException(BaseException):
+        pass
+
+    def panic(*arguments, **more):
+        raise PanicException("StackOverflow")
+
+    monkeypatch.setattr(type(encoding), "encode", panic)
+    monkeypatch.setattr(type(encoding), "encode_batch", panic)
+    for cut in (lambda: encode(encoding, "  "), lambda: tokenize(encoding, ["  "])):
+        with pytest.raises(UserError, match="a run of alike characters is too long"):
+            cut()
+
+
+SCRIPT = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9, 7, 9, 3]  # the prompt is its first two tokens
+
+
+@pytest.mark.parametrize(
+    "stops, end", [({5, 9}, 5), ({9, 6}, 6), ({6}, 8), (set(), 16), ((8,), 12)]
+)
+def test_a_text_ends_at_any_of_several_tokens(stops, end):
+    """Llama 3 has several, and went on after all but one."""
+    for wrong in ((), (4,), (5, 7), range(16)):
+        head = ScriptedHead(SCRIPT, wrong)
+        request = dict(head=head, gamma=4, stop_token=stops)
+        result = generate(ScriptedTarget(SCRIPT), SCRIPT[:2], 100, **request)
+        assert result.tokens == SCRIPT[2:end]
+
+
+# ----------------------------------------------------------------------------------- large windows
+
+
+def test_the_causal_mask_is_the_causal_mask():
+    rotary = Rotary(GPTConfig(context=24))
+    square = torch.full((24, 24), -torch.inf).triu(1)
+    for start in range(1, 24):
+        for length in range(2, 24 - start + 1):
+            assert rotary(start, length)[2].equal(square[start : start + length, : start + length])
+    seen = torch.tensor([[True, False], [True, True]])
+    tree = rotary.tree(5, torch.tensor([5, 6]), seen)[2]
+    assert tree.equal(torch.zeros(2, 7).index_put((torch.tensor(0), torch.tensor(6)),
+                                                  torch.tensor(-torch.inf)))  # fmt: skip
+
+
+def test_the_causal_mask_does_not_grow_with_the_square_of_the_window():
+    """At Llama 3.1's 131,072 it took 64 GiB, once for the target and once for each head."""
+    rotary = Rotary(GPTConfig(context=131_072))
+    assert sum(buffer.numel() for buffer in rotary.buffers()) < 2**25
+
+
+# -------------------------------------------------------------------------------------- interrupts
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals are those of POSIX")
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_an_interrupt_while_decoding_is_one_line_even_where_a_shell_ignored_it(name):
+    """A shell starts what runs in its background with SIGINT ignored."""
+    import signal
+
+    root = Path(__file__).parent.parent
+    words = [sys.executable, "-u", "speculate.py", "--head", "none", "--max_new_tokens", "400"]
+    words += ["--device", "cpu", "--dtype", "float32", "--prompt", "x"]
+    process = subprocess.Popen(
+        words,
+        cwd=root,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),
+    )
+    process.stdout.readline()  # the run is named: main has begun
+    time.sleep(0.2)
+    process.send_signal(getattr(signal, name))
+    _, err = process.communicate(timeout=30)
+    assert process.returncode in (0, 130)
+    if process.returncode == 130:
+        assert err.strip() == "interrupted"
+
+
+def test_speculate_reads_a_run_that_is_being_trained(tiny_run, tmp_path, call):
+    run = shutil.copytree(tiny_run.folder, tmp_path / "run")
+    with only_writer(run):
+        argv = ["--out_dir", run, "--prompt", "def", "--max_new_tokens", 8, "--device", "cpu"]
+        assert call(speculate.main, *argv)[0] == 0
