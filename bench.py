@@ -197,8 +197,8 @@ def measure(config: BenchConfig, target, ready: dict, prompts: list) -> tuple[li
         row["loop"] = any(is_loop(method["tokens"]) for method in row["methods"].values())
         for name in ready if config.temperature == 0 else ():
             ours = row["methods"][name]["tokens"]
-            parted = first_difference(target, prompt, ours, plain) if ours != plain else None
-            row["methods"][name]["differs"] = parted
+            if ours != plain:
+                row["methods"][name]["differs"] = first_difference(target, prompt, ours, plain)
     return samples, seconds
 
 
@@ -253,7 +253,8 @@ def main() -> None:
         "samples": samples,
     }
     write_json(out / f"{config.name}.json", result)  # whatever becomes of its figures
-    result["figures"] = evaluate(methods, config.seed, samples, seconds, costs)
+    greedy = config.temperature == 0
+    result["figures"] = evaluate(methods, config.seed, samples, seconds, costs, greedy=greedy)
     write_json(out / f"{config.name}.json", result)
     (out / f"{config.name}.md").write_text(bench_tables(result) + "\n", "utf-8")
     plot_bench(result, out / f"{config.name}.png")

@@ -205,7 +205,7 @@ def on_test(config, target, heads, plans: dict, folder, encoding) -> dict:
     samples, seconds = measure(bench, target, ready, prompts)
     pairs = {name: ["best"] for name in plans if name != "best"}
     result = {"methods": methods, "seed": bench.seed, "samples": samples, "seconds": seconds}
-    figures = evaluate(**result, costs=costs, pairs=pairs)
+    figures = evaluate(**result, costs=costs, pairs=pairs, greedy=config.temperature == 0)
     return result | {"costs": costs, "candidates": counts, "figures": figures}
 
 

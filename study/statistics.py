@@ -99,13 +99,8 @@ def reckoned(row: dict, prompt: int, whole: int, own: dict, costs: dict) -> tupl
 
 
 def differences(rows: list[dict]) -> dict:
-    """The share of texts that are plain decoding's own, and the largest gap between logits.
-
-    Nothing for sampled texts, which are not compared.
-    """
-    if not any("differs" in row for row in rows):
-        return {}
-    gaps = [row["differs"]["gap"] for row in rows if row.get("differs")]
+    """The share of texts that are plain decoding's own, and the largest gap between logits."""
+    gaps = [row["differs"]["gap"] for row in rows if "differs" in row]
     return {"identical": 1 - len(gaps) / len(rows), "largest_gap": max(gaps, default=0.0)}
 
 
@@ -130,10 +125,13 @@ def references(methods: dict) -> dict[str, list[str]]:
     return {name: others for name, others in found.items() if others}
 
 
-def evaluate(methods: dict, seed: int, samples: list, seconds: dict, costs: dict, pairs=None):
+def evaluate(
+    methods: dict, seed: int, samples: list, seconds: dict, costs: dict, pairs=None, greedy=True
+):
     """The figures of each method (bench.Method) from the samples; the headline is loop-free.
 
-    `pairs`: the methods to compare each with, {name: [others]}, in place of `references`.
+    `pairs`: the methods to compare each with, {name: [others]}, in place of `references`. `greedy`:
+    whether texts were compared with plain decoding's; sampled ones are not.
     """
     free = np.array([not s["loop"] for s in samples])
     use = free if free.any() else ~free
@@ -186,7 +184,7 @@ def evaluate(methods: dict, seed: int, samples: list, seconds: dict, costs: dict
             "c_draft": float(draft),
             "predicted_speedup": predicted(use),
             "elsewhere": float(phases[2] / phases.sum()),  # neither drafting nor verifying
-            **differences(ours),
+            **(differences(ours) if greedy else {}),
         }
 
     heads = {name: head_figures(name, rows[name]) for name in methods}

@@ -24,6 +24,11 @@ SCRIPTS = {
     "study.report": [],
     "study.prompts": ["study/prompts.py"],
     "study.sizes": ["study/sizes.py"],
+    "study.foresight": ["study/foresight.py"],
+    "study.depth": ["study/depth.py"],
+    "study.exercise": [],
+    "study.verify": ["study/verify.py"],
+    "study.pictures": ["study/pictures.py"],
 }
 
 
@@ -102,7 +107,8 @@ def test_results_hold_every_sample_behind_their_figures():
             continue
         seed, costs = result["config"]["seed"], result["isolated_seconds"]
         measured = result["samples"], result["seconds"], costs
-        again = evaluate(result["methods"], seed, *measured)
+        greedy = result["config"]["temperature"] == 0
+        again = evaluate(result["methods"], seed, *measured, greedy=greedy)
         assert_same(again, result["figures"])
 
 
