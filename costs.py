@@ -241,6 +241,7 @@ class Size(NamedTuple):
 
     @property
     def speedup(self) -> float:
+        """Over plain decoding: tokens per plain step."""
         return self.tau / (self.c_verify + self.c_draft)
 
     def __str__(self) -> str:

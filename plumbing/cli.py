@@ -110,7 +110,12 @@ def add_flag(parser, field, kind, default) -> None:
     # argparse reads help as a format.
     parser.add_argument(f"--{field.name}", default=default, help=help.replace("%", "%%"), **details)
     if positional:
-        parser.add_argument(field.name, nargs="?", default=argparse.SUPPRESS, help="the same")
+        left_out, read = argparse.SUPPRESS, details.get("type", str)
+
+        def value(text: str):  # argparse reads a default as it does a word
+            return text if text == left_out else read(text)
+
+        parser.add_argument(field.name, nargs="?", default=left_out, type=value, help="the same")
 
 
 def run(main) -> None:
