@@ -20,6 +20,8 @@ try:
 except ImportError:  # Windows has none: nothing is locked there
     fcntl = None
 
+LOCK = ".lock"  # in a run's folder, with the number of the process that writes there
+
 
 def runs(process: int) -> bool:
     """Whether there is a process of this number."""
@@ -52,7 +54,7 @@ def only_writer(folder: Path):
     if fcntl is None:
         yield
         return
-    with open(folder / ".lock", "a+", encoding="utf-8") as file:
+    with open(folder / LOCK, "a+", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -67,7 +69,11 @@ def only_writer(folder: Path):
         file.truncate(0)
         file.write(str(os.getpid()))
         file.flush()
-        yield
+        try:
+            yield
+        finally:
+            if [path.name for path in folder.iterdir()] == [LOCK]:  # nothing came of it
+                (folder / LOCK).unlink()
 
 
 @contextmanager

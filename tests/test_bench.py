@@ -84,15 +84,15 @@ def test_copies_are_measured_alone_and_beside_each_head(measured, folder):
     found = result["figures"]["comparisons"]["medusa + lookup"]
     assert [row["with"] for row in found] == ["medusa", "lookup"]
     row = result["samples"][0]["methods"]
-    assert {source for source, _ in row["lookup"]["drafts"]} == {"copied"}
-    assert {source for source, _ in row["eagle"]["drafts"]} == {"drafted"}
+    assert {source for source, nodes in row["lookup"]["drafts"] if nodes} == {"copied"}
+    assert {source for source, nodes in row["eagle"]["drafts"] if nodes} == {"drafted"}
     for f in result["figures"]["heads"].values():
         low, high = f["speedup_interval"]
         assert low <= f["speedup"] <= high and f["predicted_speedup"] > 0
 
 
 def test_what_was_measured_is_kept_whatever_becomes_of_its_figures(measured, folder, monkeypatch):
-    def broken(*arguments):
+    def broken(*arguments, **more):
         raise ZeroDivisionError
 
     monkeypatch.setattr(bench, "evaluate", broken)

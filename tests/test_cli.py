@@ -177,7 +177,7 @@ def test_accepted_drafts_are_coloured_in_a_terminal_unless_told_not_to(
     monkeypatch.setattr(sys.stdout, "isatty", lambda: bool(terminal))
     monkeypatch.setenv("NO_COLOR", no_color)
     encoding = SimpleNamespace(decode_bytes=lambda tokens: bytes(tokens))
-    printer = Printer(encoding, stop_token=0)
+    printer = Printer(encoding, stops={0})
     printer.show(SimpleNamespace(tokens=[65, 66], accepted=1))
     printer.finish()
     assert capsys.readouterr().out == ("\033[32mA\033[0mB\n" if coloured else "AB\n")

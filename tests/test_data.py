@@ -249,9 +249,7 @@ def test_a_folder_given_as_a_dot_still_has_a_task(tmp_path, monkeypatch):
     assert [d.task for d in read_paths(["."])] == [tmp_path.name]
 
 
-@pytest.mark.parametrize(
-    "content", [b"binary \xff\xfe", b"binary \0", b"", b"too short", b"no line ends " * 50_000]
-)
+@pytest.mark.parametrize("content", [b"binary \xff\xfe", b"binary \0", b"", b"too short"])
 def test_unusable_data_is_refused_by_name(tmp_path, content):
     file = tmp_path / "given.txt"
     file.write_bytes(content)

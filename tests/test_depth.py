@@ -86,6 +86,7 @@ def test_intervals_hold_seeds_texts_and_timings():
 def test_one_command_measures_it_all_and_goes_on(tiny_run, tmp_path, call, monkeypatch):
     """On the tests' tiny run; the second time nothing is measured again."""
     monkeypatch.setattr("costs.SECONDS", 0.0)
+    monkeypatch.setattr("study.sizes.is_loop", lambda tokens: False)
     monkeypatch.setattr("study.prompts.from_documents.__defaults__", (12,))
     run = shutil.copytree(tiny_run.folder, tmp_path / "run")
     monkeypatch.setattr(depth, "SIZES", [(1, 0), (3, 0), (2, 3)])

@@ -320,6 +320,7 @@ def test_replayed_cycles_are_those_of_the_decoder(target, trained):
 def test_foresight_is_measured_in_one_command(tiny_run, tmp_path, call, monkeypatch, temperature):
     """On the tests' tiny run: what it foresees, what that is worth, and decoding."""
     monkeypatch.setattr("costs.SECONDS", 0.0)
+    monkeypatch.setattr("study.sizes.is_loop", lambda tokens: False)
     monkeypatch.setattr("study.prompts.from_documents.__defaults__", (12,))
     monkeypatch.setattr("study.foresight.DEPTH", 5)
     monkeypatch.setattr("study.foresight.STEPS", (1, 5))
