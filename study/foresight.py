@@ -181,7 +181,8 @@ def along_validation(config, target, head, models, followed, folder, encoding) -
     most = max(row["speed"] for name, row in figures.items() if name.startswith("oracle"))
     for name in figures.keys() - {"texts", "passes"}:
         gain = figures[name]["speed"] - best.speedup
-        figures[name]["share"] = gain / (most - best.speedup)
+        # Of all there is to gain; 0 where the oracle gains nothing.
+        figures[name]["share"] = gain / (most - best.speedup) if most > best.speedup else 0.0
     return plans[best[:3]], trees, figures
 
 

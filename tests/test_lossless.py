@@ -616,7 +616,7 @@ def test_harmless_text_cannot_command_a_terminal():
 
 def test_the_printer_shows_characters_only_once_they_are_whole(capsys):
     text = "naïve – 漢字 🐨."
-    printer, seen = Printer(BYTES, stop_token=256), ""
+    printer, seen = Printer(BYTES, stops={256}), ""
     for n, byte in enumerate(text.encode(), 1):
         printer.write(byte, accepted=n % 2 == 0)
         written = capsys.readouterr().out
@@ -630,14 +630,14 @@ def test_the_printer_shows_characters_only_once_they_are_whole(capsys):
 def test_the_printer_shows_all_but_the_token_that_ends_a_text(capsys):
     """Whatever it spells: in a chat it is the end of a turn, and no part of what was said."""
     _, cycles = scripted(stop_token=5)
-    printer = Printer(LETTERS, stop_token=5)
+    printer = Printer(LETTERS, stops={5})
     for cycle in cycles:
         printer.show(cycle)
     assert capsys.readouterr().out == "eb"  # 4 by prefill, 1, and the 5 that ends the text
 
 
 def test_the_printer_ends_in_the_middle_of_a_character(capsys):
-    printer = Printer(BYTES, stop_token=256)
+    printer = Printer(BYTES, stops={256})
     for byte in "🐨".encode()[:2]:
         printer.write(byte, accepted=False)
     printer.finish()
@@ -645,7 +645,7 @@ def test_the_printer_ends_in_the_middle_of_a_character(capsys):
 
 
 def test_the_printer_escapes_control_characters(capsys):
-    printer = Printer(BYTES, stop_token=256)
+    printer = Printer(BYTES, stops={256})
     for byte in b"a\x1b[2J\n":
         printer.write(byte, accepted=False)
     assert capsys.readouterr().out == "a\\x1b[2J\n"
