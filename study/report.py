@@ -396,8 +396,7 @@ def plot_gain(path: Path) -> None:
 @plt.rc_context(STYLE)
 def plot_labels(result: dict, path: Path) -> None:
     """tau by the labels of the loss and by the discriminator: see study/README.md, the cells."""
-    judges = {"": "no discriminator", "exact": "exact D"}
-    judges |= {"learnt": "learnt D", "blind": "blind D"}
+    judges = {"": "no D", "exact": "exact D", "learnt": "learnt D", "blind": "blind D"}
     labels = {"none": "states", "hard": "tokens", "hardfeature": "states, tokens"}
     labels |= {"soft": "states, p\n(the recipe)"}
     figure, axes = plt.subplots(1, 2, figsize=(10, 4.6))
@@ -405,8 +404,8 @@ def plot_labels(result: dict, path: Path) -> None:
     for axis, (key, title) in zip(axes, keys.items()):
         for shift, (judge, name) in enumerate(judges.items()):
             for place, label in enumerate(labels):
-                cell = f"eagle-{label}-{judge}".rstrip("-").replace("eagle-soft", "eagle-original")
-                cell = cell.replace("original-", "soft-")
+                name_of = "original" if label == "soft" and not judge else label
+                cell = f"eagle-{name_of}-{judge}".rstrip("-")
                 heads = result["cells"].get(cell, {"heads": {}})["heads"].values()
                 taus = [head[key] for head in heads]
                 x = place + 0.18 * (shift - 1.5)
@@ -442,6 +441,7 @@ def main() -> None:
     for document in DOCUMENTS:
         document.write_text(with_tables(document.read_text("utf-8")), "utf-8")
     plot_gain(RESULTS / "koala-gain.png")
+    plot_labels(read_result("ablation-labels"), RESULTS / "labels.png")
     for name in ("cpu-greedy", "smollm2-greedy", "smollm2-four"):
         plot_bench(read_result(name), RESULTS / f"{name}.png")
 
