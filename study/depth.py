@@ -1,17 +1,17 @@
 """Where K layers pay: the speed of heads with one, two and three layers, by the target's depth.
 
 A draft layer costs a little less than 1/L of a pass of a target of L layers, and the second one
-raises tau. So the deeper the target, the more layers should pay (KOALA's trade-off). But a target of
-another depth is another target, with another tau. Here the two factors of the speed are measured
+raises tau. So the deeper the target, the more layers should pay (KOALA's trade-off). But a target
+of another depth is another target, with another tau. Here the two factors of the speed are measured
 apart:
 
     speed(K, L) = tau(K) / (c_verify(L) + c_draft(K, L))
 
-**tau** is that of the small target's own heads, several seeds of each K, replayed along greedy texts
-and along sampled ones (study/replay.py), at every size of draft. **Costs** are those of this target
-*padded*: layers whose output maps are zero add nothing to its residual stream, so that its states,
-texts and taus stay bit-identical, and a pass takes as long as one of a target of that depth. Each K
-has its own size of draft, the fastest on validation texts at that depth; test texts judge.
+**tau** is that of the small target's own heads, several seeds of each K, replayed along greedy
+texts and along sampled ones (study/replay.py), at every size of draft. **Costs** are those of this
+target *padded*: layers whose output maps are zero add nothing to its residual stream, so that its
+states, texts and taus stay bit-identical, and a pass takes as long as one of a target of that
+depth. Each K has its own size of draft, the fastest on validation texts there; test texts judge.
 
 A loop that spends more besides its layers makes a layer look cheap. So the table is reckoned again
 with 0.1 and 0.3 plain steps more for each draft step, and every K chooses anew.

@@ -1,7 +1,7 @@
 """The pictures of README, RESULTS.md and EXERCISES.md: drawn from the code, with the small target.
 
-`python -m study.pictures` writes them to docs/pictures/. Numbers in them are those of a run: of a cycle, of p
-and q at one place, of one tree. Two are drawings of who is connected with whom.
+`python -m study.pictures` writes them to docs/pictures/. Numbers in them are those of a run: of a
+cycle, of p and q at one place, of one tree. Two are drawings of who is connected with whom.
 
     cycle.png   one cycle on a time axis, beside the plain steps that it replaces
     rule.png    p and q at one place: what is accepted, and what the residual adds

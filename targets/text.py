@@ -5,9 +5,8 @@ Python's own standard library. They are about ten megabytes of code and docstrin
 of the language reference in `pydoc_data.topics`. `--data` takes any other UTF-8 text.
 
 **Split.** Train 90 %, validation 5 %, test 5 %, by a hash of each document's *group*. A group is a
-top-level module, so two files of one package never stand on both sides. Groups of other text are
-few or many, large or small: in the order of their hashes they fill validation, then test, with 5 %
-each. Every choice is made on validation. The test part serves bench.py alone.
+top-level module, so two files of one package never stand on both sides. Every choice is made on
+validation. The test part serves bench.py alone.
 
 Text on both sides makes every number look better than it is. `overlap` measures its share of the
 test part.
@@ -19,7 +18,6 @@ import hashlib
 import importlib.util
 import sys
 import sysconfig
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,7 +32,6 @@ SPLITS = ("train", "valid", "test")
 # 90/5/5 by far. This one has the right shares of bytes on Python 3.11. It was picked before any
 # model was trained.
 SALT = "koala 871 "
-SMALL = 1000  # characters: a text of so many is never cut
 NOT_TEXT = {"test", "tests", "idle_test", "site-packages", "__pycache__", "encodings"}
 
 
@@ -89,8 +86,9 @@ def read_paths(paths: list[str]) -> list[Document]:
     """UTF-8 files, and folders of them. In a folder, files without text are passed over.
 
     The task is the top-level folder. A text that was there already, by another name or a link, is
-    left out. Data in few files would leave a split empty. So a file of more than a hundredth of the
-    data is cut, see `pieces`, and each part is a group of its own.
+    left out. Data in few files would leave a split empty. So a file of more
+    than a twentieth of the data is cut at line ends. Its parts have about 1 % each, and each part
+    is a group of its own.
     """
     files, other, seen = [], [], set()
     for path in map(Path, paths):
@@ -115,13 +113,22 @@ def read_paths(paths: list[str]) -> list[Document]:
             files.append((str(relative), task, text))
     if other:
         print(f"--data: {len(other)} files passed over, such as {other[0]}: they are not UTF-8")
-    size = max(SMALL, sum(len(text) for _, _, text in files) // 100)
+    total = sum(len(text) for _, _, text in files)
     documents = []
     for name, task, text in files:
-        parts = pieces(text, size) if len(text) > size else [text]
-        for part in parts:
-            group = f"{name}#{len(documents)}" if len(parts) > 1 else name
-            documents.append(Document(group, group, part, task))
+        if len(text) <= total / 20:
+            documents.append(Document(name, name, text, task))
+            continue
+        parts, size = [[]], 0
+        for line in text.splitlines(keepends=True):
+            if size >= total / 100:
+                parts.append([])
+                size = 0
+            parts[-1].append(line)
+            size += len(line)
+        for lines in parts:
+            group = f"{name}#{len(documents)}"
+            documents.append(Document(group, group, "".join(lines), task))
     return documents
 
 
@@ -138,52 +145,19 @@ def is_binary(path: Path) -> bool:
         return True
 
 
-def pieces(text: str, size: int) -> list[str]:
-    """A text in parts of about `size` characters: cut at line ends, else at blanks, else anywhere.
-
-    A cut is made at the last such place in the second half of a part.
-    """
-    parts, start = [], 0
-    while len(text) - start > 1.5 * size:
-        end = start + size
-        places = (text.rfind(mark, start + size // 2, end) + 1 for mark in ("\n", " "))
-        end = next((place for place in places if place > 0), end)
-        parts.append(text[start:end])
-        start = end
-    return [*parts, text[start:]]
-
-
 def split_of(group: str) -> str:
     """train, valid or test, by a hash of the name: the same on every machine and for ever."""
     bucket = int(digest(SALT + group), 16) % 100
     return "train" if bucket < 90 else "valid" if bucket < 95 else "test"
 
 
-def filled(documents: list[Document]) -> dict[str, str]:
-    """{group: its split}, by the order of their hashes: validation and test get 5 % each."""
-    sizes = Counter()
-    for document in documents:
-        sizes[document.group] += len(document.text)
-    wanted, order = sum(sizes.values()) / 20, sorted(sizes, key=lambda group: digest(SALT + group))
-    split, place = dict.fromkeys(order, "train"), 0
-    for name in ("valid", "test"):
-        size = 0
-        # Up to the group whose half would be beyond the mark.
-        while place < len(order) and size + sizes[order[place]] / 2 <= wanted:
-            split[order[place]] = name
-            size += sizes[order[place]]
-            place += 1
-    return split
-
-
 def load_documents(paths: list[str] | None, packages=()) -> dict[str, list[Document]]:
     """Each split's documents: from `paths`, else from the standard library and `packages`."""
     documents = read_paths(paths) if paths else standard_library() + installed_packages(packages)
-    documents = [document for document in documents if document.text.strip()]
-    found = filled(documents) if paths else {}
     splits = {split: [] for split in SPLITS}
     for document in documents:
-        splits[found.get(document.group) or split_of(document.group)].append(document)
+        if document.text.strip():
+            splits[split_of(document.group)].append(document)
     source = " ".join(paths) if paths else "the standard library"
     for split, members in splits.items():
         size = sum(len(d.text) for d in members)
@@ -251,8 +225,7 @@ class Text:
             return
         if self.given:
             raise UserError(
-                "the text has changed since the target was trained, or is cut by another version "
-                "of this project: its split is unknown"
+                "the text has changed since the target was trained: its split is unknown"
             )
         ours = self.description["python"]
         print(f"text: the target learnt from other versions than those here ({ours}); same split")

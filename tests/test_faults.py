@@ -29,7 +29,7 @@ from speculate import generate
 from study.prompts import from_file, read_questions
 from targets.bpe import PIECES, build_encoding, encode, tokenize
 from targets.runs import load_head, load_target
-from targets.text import SPLITS, Document, filled, load_documents, pieces, read_paths
+from targets.text import describe, read_paths
 
 CPU = torch.device("cpu")
 
@@ -184,55 +184,6 @@ def test_a_target_that_diverged_is_not_saved(text_folder, tmp_path, call, monkey
 # ------------------------------------------------------------------------------- text of all kinds
 
 
-def texts(count: int, size: int) -> list[Document]:
-    return [Document(f"{i}", f"{i}", "x" * size) for i in range(count)]
-
-
-@pytest.mark.parametrize("count", [20, 21, 30, 40, 60, 100, 1000])
-def test_every_part_of_the_split_has_its_share_whatever_the_number_of_files(count):
-    """By a threshold on hashes two folders of 20 files in three left a part empty."""
-    for salt in range(20):
-        documents = [d for d in texts(count, 100)]
-        documents = [Document(f"{salt} {d.name}", f"{salt} {d.group}", d.text) for d in documents]
-        found = list(filled(documents).values())
-        for split in ("valid", "test"):
-            assert abs(found.count(split) - count / 20) <= 0.5, split
-
-
-def test_every_part_has_its_share_whatever_the_sizes_of_files():
-    generator = torch.Generator().manual_seed(0)
-    for _ in range(30):
-        sizes = (10 ** (2 + 2 * torch.rand(150, generator=generator))).long().tolist()
-        documents = [Document(f"{i}", f"{i}", "x" * size) for i, size in enumerate(sizes)]
-        split, total = filled(documents), sum(sizes)
-        for name in ("valid", "test"):
-            size = sum(size for i, size in enumerate(sizes) if split[f"{i}"] == name)
-            assert abs(size - total / 20) <= max(sizes) / 2
-
-
-@pytest.mark.parametrize("form", ["lines", "one line", "no blank"])
-@pytest.mark.parametrize("files", [1, 3, 25])
-def test_few_files_are_cut_so_that_every_part_has_its_share(tmp_path, form, files):
-    words = {"lines": "a line of it\n", "one line": "a word or two ", "no blank": "abcdefghij"}
-    for i in range(files):
-        text = "".join(f"{words[form]}{i}{j}" for j in range(400_000 // len(words[form]) // files))
-        (tmp_path / f"{i}.txt").write_text(text)
-    splits = load_documents([str(tmp_path)])
-    sizes = {split: sum(len(d.text) for d in splits[split]) for split in SPLITS}
-    for split in ("valid", "test"):
-        assert 0.035 < sizes[split] / sum(sizes.values()) < 0.065
-    whole = "".join(d.text for part in splits.values() for d in part)
-    assert len(whole) == sum(len(path.read_text()) for path in tmp_path.iterdir())
-
-
-def test_a_text_is_cut_at_line_ends_else_at_blanks_else_anywhere():
-    assert pieces("aaaa\nbbbb\ncc dd ee", 6) == ["aaaa\n", "bbbb\n", "cc dd ee"]
-    assert pieces("aaaa bbbb cccc dddd", 6) == ["aaaa ", "bbbb ", "cccc dddd"]
-    assert pieces("abcdefghijklmnopqrst", 6) == ["abcdef", "ghijkl", "mnopqrst"]
-    for text in ("", "a", "a\n" * 50, "word " * 33, "x" * 101):
-        assert "".join(pieces(text, 10)) == text
-
-
 def test_file_names_that_are_no_utf8_are_read_like_any_other(tmp_path):
     """Their hash was a UnicodeEncodeError that named no file."""
     folder = tmp_path / "text"
@@ -240,7 +191,10 @@ def test_file_names_that_are_no_utf8_are_read_like_any_other(tmp_path):
     for name in (b"caf\xe9.txt", b"line\nbreak.txt", b"back\\slash.txt", b"plain.txt"):
         with open(os.path.join(os.fsencode(folder), name), "w") as file:
             file.write(f"{name!r} has a line like this one\n" * 2000)
-    assert sum(len(part) for part in load_documents([str(folder)]).values()) >= 4
+    documents = read_paths([str(folder)])
+    assert len({document.name.split("#")[0] for document in documents}) == 4
+    about = describe({"train": documents, "valid": [], "test": []}, [str(folder)])
+    assert len(about["hash"]) == 16
 
 
 def test_files_of_another_encoding_are_counted(tmp_path, capsys):

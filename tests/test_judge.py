@@ -334,7 +334,7 @@ def test_foresight_is_measured_in_one_command(tiny_run, tmp_path, call, monkeypa
     result = json.loads((run / f"foresight-{kind}.json").read_text())
     told, valid = result["foreseen"], result["validation"]
     for name in ("judge", "logistic", "q"):
-        assert told[name]["bce"] > 0 and len(told[name]["deciles"]) == 10
+        assert told[name]["bce"] > 0 and 8 <= len(told[name]["deciles"]) <= 10
         for width in (1, 2, 4):
             row = valid[f"{name} of {width}"]
             assert row["tau"] >= 1 and 0 <= row["nodes"] <= 24 and 1 <= row["steps"] <= 5

@@ -102,7 +102,7 @@ def decoded(target, tokens=20, stop_token=NO_STOP, **request) -> dict:
 
 
 def written(lanes: dict, stop_token=NO_STOP) -> str:
-    return page(["a run of <x>"], PROMPT, lanes, ENCODING, stop_token)
+    return page(["a run of <x>"], PROMPT, lanes, ENCODING, {stop_token})
 
 
 @pytest.fixture(scope="module", params=RUNS.values(), ids=RUNS)
