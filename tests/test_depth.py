@@ -98,7 +98,8 @@ def test_one_command_measures_it_all_and_goes_on(tiny_run, tmp_path, call, monke
     assert status == 0, err
     folder = run / "depth"
     result = json.loads((folder / "depth.json").read_text())
-    assert np.array(result["counts"]["greedy-test"]["2"]).shape == (2, 2, 3, 2)
+    seeds, texts, *rest = np.array(result["counts"]["greedy-test"]["2"]).shape
+    assert (seeds, rest) == (2, [3, 2]) and texts >= 2
     assert np.array(result["costs"]["5"]["3"]).shape == (2, 3, 2)
     assert result["decoded"]["5"]["1"]["speedup"] > 0
     assert len(result["table"]) == 2 * 3 * 2
