@@ -54,26 +54,32 @@ def only_writer(folder: Path):
     if fcntl is None:
         yield
         return
-    with open(folder / LOCK, "a+", encoding="utf-8") as file:
+    path = folder / LOCK
+    while True:
+        file = open(path, "a+", encoding="utf-8")  # noqa: SIM115
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            file.seek(0)
-            holder = file.read().strip() or "another"
+            with file:
+                file.seek(0)
+                holder = file.read().strip() or "another"
             raise UserError(
                 f"{folder} is being written by process {holder}: wait for it, or stop it first"
             ) from error
         except OSError:  # a file system without locks
-            yield
-            return
+            pass
+        # Whoever held it may have removed it since we opened it: then it is nobody's lock.
+        if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
+            break
+        file.close()
+    with file:
         file.truncate(0)
         file.write(str(os.getpid()))
         file.flush()
         try:
             yield
         finally:
-            if [path.name for path in folder.iterdir()] == [LOCK]:  # nothing came of it
-                (folder / LOCK).unlink()
+            path.unlink(missing_ok=True)
 
 
 @contextmanager
