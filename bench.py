@@ -213,9 +213,6 @@ def main() -> None:
     weight = target.embed.weight
     print(f"run {name_of(folder)}, {describe_device(weight.device)}, heads {', '.join(heads)}")
     print(f"{weight.dtype}: {target.why_dtype}")
-    out = results_folder(folder) / "bench"
-    out.mkdir(parents=True, exist_ok=True)  # refused now, not after all the work
-    check_writable(out / f"{config.name}.json")
     text = held_out_text(target.about, config.split)
     candidates = load_prompts(config, folder, target, text, encoding)
     sampler = Sampler(weight.device, config.temperature, config.top_k, config.top_p, config.seed)
@@ -226,6 +223,9 @@ def main() -> None:
     if not prompts:
         raise UserError("every answer ends after a word or two: there is no cycle to measure")
     rooms = check_prompts(config, target, depth, prompts)
+    out = results_folder(folder) / "bench"
+    out.mkdir(parents=True, exist_ok=True)  # refused now, not after all the work
+    check_writable(out / f"{config.name}.json")
 
     held_out = None
     if text is not None:
