@@ -29,8 +29,8 @@ def runs(process: int) -> bool:
         os.kill(process, 0)
     except ProcessLookupError:
         return False
-    except OSError:  # somebody else's
-        return True
+    except OSError:  # it is there, and somebody else's
+        pass
     return True
 
 

@@ -154,13 +154,25 @@ def cell_config(recipe: TrainConfig, folder: Path, cell: str, seed: int, target)
     return replace(recipe, **flags, head=name, seed=seed, out_dir=str(folder)).of_head(cell)
 
 
-def train_cells(recipe, folder: Path, cells, seeds, target, checkpoint, text, autocast) -> None:
-    """Train the heads of these cells and seeds that `folder` does not have yet."""
-    data = {}
+def train_cells(config: AblationConfig, run_folder: Path, name: str) -> tuple:
+    """Train those heads that the run's results do not have yet, beside its target.
+
+    Returns (the recipe, the folder `name` in which the heads lie, the target's fingerprint).
+    """
+    path, device = target_file(run_folder), choose_device(config.device)
+    target, checkpoint = load_target(path, device)
+    recipe = recipe_of(config, run_folder, settings_of(path, checkpoint))
+    print(f"run {name_of(run_folder)}, its own recipe: {recipe.head_tokens:,} tokens a head")
+    autocast, text, data = choose_autocast(recipe.dtype, device), None, {}
+    if recipe.needs_text:
+        text = read_text(recipe.data, packages_for(recipe.target_vocab))
+        text.expect(settings_of(path, checkpoint).get("text", text.description["hash"]))
+        text.use(checkpoint["tokenizer"])
+    folder = recipe.folder / name
     folder.mkdir(parents=True, exist_ok=True)
-    for cell in cells:
+    for cell in config.cells or CELLS:
         own = recipe.of_head(cell)
-        for seed in seeds:
+        for seed in config.seeds or [recipe.seed]:
             one = cell_config(recipe, folder, cell, seed, target)
             path = folder / f"{one.head}.pt"
             wanted = head_settings(one, one.head, checkpoint["fingerprint"])
@@ -172,6 +184,7 @@ def train_cells(recipe, folder: Path, cells, seeds, target, checkpoint, text, au
                 data[own.head_data] = head_data(own, target, checkpoint, text, autocast)
             windows = data[own.head_data]
             train_head(one, one.head, target, wanted, *windows, autocast, alpha_by_temperature)
+    return recipe, folder, checkpoint["fingerprint"]
 
 
 # -------------------------------------------------------------------------------- the result
@@ -273,22 +286,9 @@ def compared(results: dict) -> dict:
 
 def main() -> None:
     config = parse(AblationConfig, about=__doc__)
-    run_folder, device = find_run(config.out_dir, needs_head=False), choose_device(config.device)
-    path = target_file(run_folder)
-    target, checkpoint = load_target(path, device)
-    fingerprint = checkpoint["fingerprint"]
-    recipe = recipe_of(config, run_folder, settings_of(path, checkpoint))
-    print(f"run {name_of(run_folder)}, its own recipe: {recipe.head_tokens:,} tokens a head")
-    autocast = choose_autocast(recipe.dtype, device)
+    run_folder = find_run(config.out_dir, needs_head=False)
     keep_heap()
-    text = None
-    if recipe.needs_text:
-        text = read_text(recipe.data, packages_for(recipe.target_vocab))
-        text.expect(settings_of(path, checkpoint).get("text", text.description["hash"]))
-        text.use(checkpoint["tokenizer"])
-    folder = recipe.folder / "ablation"
-    seeds = config.seeds or [recipe.seed]
-    train_cells(recipe, folder, config.cells or CELLS, seeds, target, checkpoint, text, autocast)
+    recipe, folder, fingerprint = train_cells(config, run_folder, "ablation")
     results = collect(folder, fingerprint, config.seeds)
     # "equal": the first edition could also train all cells for equal seconds.
     result = {"target": fingerprint, "equal": "tokens", "cells": compared(results)}

@@ -36,15 +36,14 @@ from drafts import plan_draft
 from model import GPT
 from plumbing.cli import option, parse, run
 from plumbing.files import write_json
-from plumbing.machine import choose_autocast, describe_device, keep_heap, origin
+from plumbing.machine import describe_device, keep_heap, origin
 from speculate import generate
-from study.ablation import AblationConfig, recipe_of, train_cells
+from study.ablation import AblationConfig, train_cells
 from study.replay import Follower, PlainText, replay
 from study.sizes import Texts, plain_texts
 from study.statistics import DRAWS, percentiles
-from targets.loading import WHICH_RUN, find_run, load, results_folder, target_file
-from targets.runs import load_head, load_target, settings_of
-from targets.text import packages_for, read_text
+from targets.loading import WHICH_RUN, find_run, load
+from targets.runs import load_head
 
 CELLS = {1: "eagle-original", 2: "eagle-k2", 3: "eagle-k3"}
 CHAINS = [(gamma, 0) for gamma in range(1, 11)]
@@ -225,25 +224,14 @@ def main() -> None:
     config = parse(DepthConfig, about=__doc__)
     keep_heap()
     begin, run_folder = time.monotonic(), find_run(config.out_dir, needs_head=False)
-    folder = results_folder(run_folder) / "depth"
+    shared = dict(head_tokens=config.head_tokens, device=config.device)
+    asked = AblationConfig(cells=[*CELLS.values()], seeds=[*config.seeds], **shared)
+    _, folder, fingerprint = train_cells(asked, run_folder, "depth")
     target, _, encoding = load(run_folder, None, config.device, config.dtype)
     device, dtype = target.embed.weight.device, target.embed.weight.dtype
 
-    # The heads.
-    path = target_file(run_folder)
-    exact, checkpoint = load_target(path, device)  # in float32: heads are trained beside it
-    shared = AblationConfig(head_tokens=config.head_tokens, device=config.device)
-    recipe = recipe_of(shared, run_folder, settings_of(path, checkpoint))
-    text = None
-    if recipe.needs_text:
-        text = read_text(recipe.data, packages_for(recipe.target_vocab))
-        text.use(checkpoint["tokenizer"])
-    autocast = choose_autocast(recipe.dtype, device)
-    train_cells(recipe, folder, CELLS.values(), config.seeds, exact, checkpoint, text, autocast)
-    del exact
-
     def head_of(k: int, seed: int):
-        return load_head(folder / f"{CELLS[k]}-seed{seed}.pt", target, checkpoint["fingerprint"])
+        return load_head(folder / f"{CELLS[k]}-seed{seed}.pt", target, fingerprint)
 
     # tau.
     loaded, counts = (run_folder, target, encoding), {}
