@@ -41,8 +41,9 @@ from plumbing.machine import describe_device, origin, synchronized_time
 from recipe import in_order
 from sampling import Sampler, argmax
 from speculate import DecodeConfig, generate
+from study.plots import plot_bench
 from study.prompts import check_prompts, choose_prompts, held_out_text, load_prompts, request_of
-from study.report import bench_tables, plot_bench
+from study.report import bench_tables
 from study.statistics import COPYING, evaluate
 from targets.features import Features, evenly
 from targets.loading import find_run, load, load_heads, name_of, results_folder
@@ -134,6 +135,29 @@ def choose_methods(config: BenchConfig, target, heads: dict) -> tuple[dict, dict
     return {name: method._asdict() for name, method in methods.items()}, ready
 
 
+class Chosen(NamedTuple):
+    """What is decoded."""
+
+    prompts: list  # see `study.prompts.choose_prompts`
+    rooms: list[int]  # new tokens after each
+    counts: dict  # of the candidates
+    middle: int  # the run's middle context length
+
+
+def choose_texts(config, target, depth: int, candidates: list) -> Chosen:
+    """Of the prompts that came into question, for drafts at most `depth` deep.
+
+    Raises UserError for one that has no room for a draft, and where no answer has a cycle.
+    """
+    check_prompts(config, target, depth, candidates)
+    prompts, counts = choose_prompts(config, target, candidates)
+    if not prompts:
+        raise UserError("every answer ends after a word or two: there is no cycle to measure")
+    rooms = check_prompts(config, target, depth, prompts)
+    middle = statistics.median(len(p[1]) + room // 2 for p, room in zip(prompts, rooms))
+    return Chosen(prompts, rooms, counts, min(int(middle), target.config.context - depth - 1))
+
+
 @torch.inference_mode()
 def baseline_share(target, prompt: list[int], count: int, repeats: int) -> float:
     """Speed of `generate` without a head, in units of the barest loop one could write."""
@@ -218,11 +242,7 @@ def main() -> None:
     sampler = Sampler(weight.device, config.temperature, config.top_k, config.top_p, config.seed)
     methods, ready = choose_methods(config, target, heads)
     depth = max(plan.depth for _, plan in ready.values())
-    check_prompts(config, target, depth, candidates)
-    prompts, counts = choose_prompts(config, target, candidates)
-    if not prompts:
-        raise UserError("every answer ends after a word or two: there is no cycle to measure")
-    rooms = check_prompts(config, target, depth, prompts)
+    prompts, rooms, counts, middle = choose_texts(config, target, depth, candidates)
     out = results_folder(folder) / "bench"
     out.mkdir(parents=True, exist_ok=True)  # refused now, not after all the work
     check_writable(out / f"{config.name}.json")
@@ -232,8 +252,6 @@ def main() -> None:
         rows = evenly(text.windows(config.split, target.config.context + 1), 64)
         batch = Features(target, rows, nullcontext).batch(torch.arange(len(rows)))
         held_out = {n: measure_acceptance(target, head, batch) for n, head in heads.items()}
-    middle = statistics.median(len(p[1]) + room // 2 for p, room in zip(prompts, rooms))
-    middle = min(int(middle), target.config.context - depth - 1)
     costs = isolated_costs(target, ready, middle, sampler)
     share = baseline_share(target, prompts[0][1], rooms[0], 5)
     samples, seconds = measure(config, target, ready, prompts)

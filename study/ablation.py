@@ -29,7 +29,8 @@ from plumbing.machine import choose_autocast, choose_device, keep_heap
 from plumbing.progress import check_same
 from recipe import HEADS, KOALA_WEIGHT, PRESETS, TrainConfig, head_settings, in_order
 from sampling import acceptance
-from study.report import JUDGED, ablation_table, plot_games
+from study.plots import plot_games
+from study.report import JUDGED, ablation_table
 from targets.loading import WHICH_RUN, find_run, name_of, results_folder, target_file
 from targets.runs import load_target, settings_of, trained_heads
 from targets.text import packages_for, read_text

@@ -14,7 +14,6 @@ One variant for each target and temperature: A's tree of at most NODES tokens, D
 width (children of a node, and nodes that are expanded at each depth) that is best on validation.
 """
 
-import statistics
 import time
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -23,7 +22,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from bench import BenchConfig, Method, measure
+from bench import BenchConfig, Method, choose_texts, measure
 from costs import fastest, isolated_costs, kind_of, size_costs
 from drafts import WIDTH, Draft, Plan, chain_shape, plan_draft
 from plumbing.cli import option, parse, run
@@ -31,7 +30,7 @@ from plumbing.files import write_json
 from plumbing.machine import describe_device, keep_heap, origin
 from sampling import Sampler
 from study.judge import Judge, Logistic, PayingTree, Seen, fit, verdicts
-from study.prompts import check_prompts, choose_prompts, held_out_text, load_prompts
+from study.prompts import held_out_text, load_prompts
 from study.replay import replay
 from study.report import foresight_table
 from study.sizes import TREES, Texts, plain_texts, taus_along
@@ -186,6 +185,11 @@ def along_validation(config, target, head, models, followed, folder, encoding) -
     return plans[best[:3]], trees, figures
 
 
+def pairs_of(methods: dict) -> dict:
+    """Every paying tree is compared with the best plan that exists without."""
+    return {name: ["best"] for name in methods if name != "best"}
+
+
 def on_test(config, target, heads, plans: dict, folder, encoding) -> dict:
     """What the plans bring in decoding: as bench.py measures it."""
     bench = BenchConfig(
@@ -194,19 +198,17 @@ def on_test(config, target, heads, plans: dict, folder, encoding) -> dict:
         num_prompts=config.test_prompts,
     )
     text = held_out_text(target.about, bench.split)
-    prompts, counts = choose_prompts(
-        bench, target, load_prompts(bench, folder, target, text, encoding)
-    )
-    rooms = check_prompts(bench, target, DEPTH, prompts)
+    depth = max(plan.depth for plan in plans.values())
+    candidates = load_prompts(bench, folder, target, text, encoding)
+    prompts, _, counts, middle = choose_texts(bench, target, depth, candidates)
     ready = {name: (heads[config.head], plan) for name, plan in plans.items()}
     methods = {n: Method(config.head, p.depth, p.nodes, n)._asdict() for n, p in plans.items()}
-    middle = int(statistics.median(len(p[1]) + room // 2 for p, room in zip(prompts, rooms)))
     sampler = Sampler(target.embed.weight.device, config.temperature, seed=bench.seed)
     costs = isolated_costs(target, ready, middle, sampler)
     samples, seconds = measure(bench, target, ready, prompts)
-    pairs = {name: ["best"] for name in plans if name != "best"}
     result = {"methods": methods, "seed": bench.seed, "samples": samples, "seconds": seconds}
-    figures = evaluate(**result, costs=costs, pairs=pairs, greedy=config.temperature == 0)
+    pairs, greedy = pairs_of(methods), config.temperature == 0
+    figures = evaluate(**result, costs=costs, pairs=pairs, greedy=greedy)
     return result | {"costs": costs, "candidates": counts, "figures": figures}
 
 

@@ -23,7 +23,7 @@ from plumbing.cli import option, parse, run
 from plumbing.curves import colours
 from sampling import acceptance, residual
 from speculate import generate
-from study.report import STYLE
+from study.plots import STYLE
 from targets.bpe import encode_prompt
 from targets.loading import load
 

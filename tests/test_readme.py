@@ -9,6 +9,7 @@ import pytest
 
 from study import report
 from study.ablation import compared
+from study.foresight import pairs_of
 from study.report import DOCUMENTS, RESULTS, with_tables
 from study.statistics import evaluate, reckoned
 from targets.outputs import is_loop
@@ -104,6 +105,12 @@ def test_results_hold_every_sample_behind_their_figures():
         if "cells" in result:  # an ablation
             heads = {cell: row["heads"] for cell, row in result["cells"].items()}
             assert_same(compared(heads), result["cells"])
+            continue
+        if "foreseen" in result:
+            test, greedy = result["test"], result["config"]["temperature"] == 0
+            measured = [test[key] for key in ("methods", "seed", "samples", "seconds", "costs")]
+            again = evaluate(*measured, pairs_of(test["methods"]), greedy=greedy)
+            assert_same(again, test["figures"])
             continue
         seed, costs = result["config"]["seed"], result["isolated_seconds"]
         measured = result["samples"], result["seconds"], costs
