@@ -242,7 +242,7 @@ def check(number: int) -> bool:
     files, _, chosen = exercise.tests.partition(" -k ")
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
-        words = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+        words = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider"]
         words += [f"--junit-xml={report}", *files.split()]
         words += ["-k", chosen.strip("'")] if chosen else []
         subprocess.run(words, cwd=ROOT, capture_output=True)

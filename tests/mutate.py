@@ -26,7 +26,7 @@ def caught(mutation: Mutation, folder: Path) -> str | None:
     text = path.read_text("utf-8")
     path.write_text(text.replace(mutation.line, mutation.wrong), "utf-8")
     try:
-        words = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"]
+        words = [sys.executable, "-m", "pytest", "-x", "-q", "-n", "0", "-p", "no:cacheprovider"]
         command = [*words, *mutation.tests.split()]
         found = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     finally:
