@@ -1,6 +1,7 @@
 """What is taught is what is there: exercises, their checks, and the laws that are shown."""
 
 import ast
+import importlib
 import re
 import shutil
 from pathlib import Path
@@ -13,6 +14,7 @@ from study.exercise import EXERCISES, emptied, function
 from study.verify import law_of, plainly, random_law
 
 ROOT = Path(__file__).parent.parent
+PROJECTS = ROOT / "tests/exercises"
 
 
 @pytest.mark.parametrize("number", EXERCISES)
@@ -104,6 +106,51 @@ def test_an_exercise_from_its_start_to_its_stop(copy, call):
     assert status == 0 and (copy / "sampling.py").read_text("utf-8") == before
     assert (copy / "out/exercises/1/mine/sampling.py").read_text("utf-8") == mine
     assert call(exercise.main, "stop", 1)[0] == 2
+
+
+# ---------------------------------------------------------------------------------- projects
+
+
+WRONG = {
+    "siblings: q stays": ("siblings", "q.index_fill(0, torch.tensor(token), 0.0)", "q"),
+    "siblings: p stays": ("siblings", "residual(p, q), q.index", "p, q.index"),
+    "siblings: all of p follows": ("siblings", "return accepted, left * p", "return accepted, p"),
+    "lk_loss: the weight learns": ("lk_loss", "alpha.detach()", "alpha"),
+    "lk_loss: acceptance alone": ("lk_loss", "w * divergence + ", ""),
+    "lk_loss: a sum": ("lk_loss", ".mean()", ".sum()"),
+    "run_judge: each state alone": ("run_judge", "self.run(states, ", "self.run(0 * states, "),
+    "run_judge: from behind": ("run_judge", "self.run(states, ", "self.run(states.flip(1), "),
+}
+
+
+def failed_checks(source: str, name: str) -> list[str]:
+    """The checks of a project that what stands in `source` does not pass."""
+    space = {}
+    exec(source, space)
+    failed = []
+    for check in importlib.import_module(f"check_{name}").CHECKS:
+        try:
+            check(space[name])
+        except (AssertionError, ValueError):
+            failed.append(check.__name__)
+    return failed
+
+
+@pytest.mark.parametrize("name", ["siblings", "lk_loss", "run_judge"])
+def test_a_project_that_is_done_passes_its_checks(name, monkeypatch):
+    monkeypatch.syspath_prepend(PROJECTS)
+    assert failed_checks((PROJECTS / "answers.py").read_text("utf-8"), name) == []
+
+
+@pytest.mark.parametrize("name, right, wrong", WRONG.values(), ids=WRONG)
+def test_a_project_that_is_done_wrongly_does_not(name, right, wrong, monkeypatch):
+    monkeypatch.syspath_prepend(PROJECTS)
+    source = (PROJECTS / "answers.py").read_text("utf-8")
+    assert source.count(right) == 1
+    assert failed_checks(source.replace(right, wrong), name)
+
+
+# ------------------------------------------------------------------------- laws and pictures
 
 
 def test_the_law_of_plain_decoding_is_the_product_of_its_conditionals():

@@ -194,8 +194,14 @@ def without_favourite(target, favourite):
 TREES = [dict(plan=PLANS["fixed tree"]), dict(plan=PLANS["growing tree"])]
 
 
+def told(size) -> str:
+    """The name of a size in a test's: alike in every process."""
+    plan = size.get("plan") if isinstance(size, dict) else size
+    return type(plan).__name__ if plan else f"chain of {size['gamma']}"
+
+
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-@pytest.mark.parametrize("size", [dict(gamma=1), dict(gamma=3), dict(gamma=8), *TREES], ids=str)
+@pytest.mark.parametrize("size", [dict(gamma=1), dict(gamma=3), dict(gamma=8), *TREES], ids=told)
 def test_a_head_reads_the_text_and_the_states_before_each_token(
     target, kind, size, temperature, prompts, trained
 ):
@@ -220,7 +226,7 @@ def test_a_head_reads_the_text_and_the_states_before_each_token(
         assert out_of_place > 0
 
 
-@pytest.mark.parametrize("size", [dict(gamma=2), dict(gamma=4), *TREES], ids=str)
+@pytest.mark.parametrize("size", [dict(gamma=2), dict(gamma=4), *TREES], ids=told)
 def test_a_head_drafts_as_one_that_reads_the_certain_text_at_once(
     target, kind, size, prompts, trained
 ):
@@ -242,7 +248,7 @@ def test_a_head_drafts_as_one_that_reads_the_certain_text_at_once(
 
 
 @pytest.mark.parametrize("layers", [1, 2, 3])
-@pytest.mark.parametrize("size", [dict(gamma=2), dict(gamma=4), *TREES], ids=str)
+@pytest.mark.parametrize("size", [dict(gamma=2), dict(gamma=4), *TREES], ids=told)
 def test_eagles_state_is_that_of_the_certain_text_alone(target, layers, size, prompts, trained):
     """Cycles of drafting and rejecting leave no trace in its cache or its last guess."""
 
@@ -530,7 +536,7 @@ def test_cycles_tell_what_was_written(target, kind, temperature, prompts, traine
         assert all(cycle.p[node - 1] > 0 for node in cycle.path[1:])
 
 
-@pytest.mark.parametrize("plan", [Chain(3), *(tree["plan"] for tree in TREES)], ids=str)
+@pytest.mark.parametrize("plan", [Chain(3), *(tree["plan"] for tree in TREES)], ids=told)
 @pytest.mark.parametrize("temperature", [0.0, 0.7])
 @pytest.mark.parametrize("knows", [(), (0, 2, 3, 5, 7, 8, 11)])
 def test_the_figures_of_a_cycle_are_those_of_target_and_head(
