@@ -10,6 +10,8 @@ holds the earlier ones and their answers.
 
 import numpy as np
 
+from plumbing.cli import UserError
+
 DRAWS = 2000  # of the bootstrap
 COPYING = " + lookup"  # in the name and the setting of a head's drafts beside copies
 
@@ -131,7 +133,8 @@ def evaluate(
     """The figures of each method (bench.Method) from the samples; the headline is loop-free.
 
     `pairs`: the methods to compare each with, {name: [others]}, in place of `references`. `greedy`:
-    whether texts were compared with plain decoding's; sampled ones are not.
+    whether texts were compared with plain decoding's; sampled ones are not. Raises UserError for a
+    method without a whole cycle: tau is at least 1, and unknown without one.
     """
     free = np.array([not s["loop"] for s in samples])
     use = free if free.any() else ~free
@@ -139,6 +142,10 @@ def evaluate(
     tasks = {task: use & np.array([s["task"] == task for s in samples]) for task in names}
     rows = {name: [s["methods"][name] for s in samples] for name in ["autoregressive", *methods]}
     times = draw(samples, use, seed)
+    for name in methods:
+        if not tau(rows[name], use):
+            reason = "every text ends within its first cycle, so that tau is unknown"
+            raise UserError(f"{name}: {reason}: ask for shorter drafts (--sizes) or other prompts")
     resampled = {name: tau(rows[name], times) for name in methods}
 
     def speed(name: str, times: np.ndarray = use) -> np.ndarray:

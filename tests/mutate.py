@@ -7,6 +7,7 @@ A mutation is caught if one of its tests fails. The exit status is 1 if any surv
 """
 
 import argparse
+import shlex
 import shutil
 import subprocess
 import sys
@@ -27,7 +28,7 @@ def caught(mutation: Mutation, folder: Path) -> str | None:
     path.write_text(text.replace(mutation.line, mutation.wrong), "utf-8")
     try:
         words = [sys.executable, "-m", "pytest", "-x", "-q", "-n", "0", "-p", "no:cacheprovider"]
-        command = [*words, *mutation.tests.split()]
+        command = [*words, *shlex.split(mutation.tests)]
         found = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     finally:
         path.write_text(text, "utf-8")

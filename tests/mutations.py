@@ -7,6 +7,8 @@ to it that each line stands exactly once where it is said to stand.
 
 from typing import NamedTuple
 
+from study.exercise import EXERCISES
+
 
 class Mutation(NamedTuple):
     file: str
@@ -378,4 +380,222 @@ FILES = of(
         "a checkpoint may run code",
     ),
 )
-MUTATIONS = RULES + DECODER + CACHE + PLANS + HEADS + GAME + FIGURES + FILES
+
+
+def answers(number: int, file: str, *rows) -> list[Mutation]:
+    """Wrong answers to an exercise, which its own checks have to see."""
+    tests = EXERCISES[number].tests
+    return [Mutation(file, line, wrong, tests, why) for line, wrong, why in rows]
+
+
+ANSWERS = answers(
+    1,
+    "sampling.py",
+    (
+        "return (p_x / q_x).clamp(max=1.0)",
+        "return p_x.clamp(max=1.0)",
+        "drawn tokens are judged as named ones",
+    ),
+    (
+        "excess = (p - q).clamp(min=0.0)",
+        "excess = (p - q).abs()",
+        "what q has too much of is drawn again",
+    ),
+)
+ANSWERS += answers(
+    2,
+    "speculate.py",
+    (
+        "passes = u[..., :-1] < acceptance_probability(p_x, q_x)",
+        "passes = u[..., 1:] < acceptance_probability(p_x, q_x)",
+        "a token is judged by the uniform of the next one",
+    ),
+    (
+        "following = residual(p.gather(-2, row), q.gather(-2, row))[..., 0, :]",
+        "following = p.gather(-2, row)[..., 0, :]",
+        "the token after a rejection comes from p",
+    ),
+)
+ANSWERS += answers(
+    3,
+    "sampling.py",
+    (
+        "return (p_x / q_x).clamp(max=1.0)",
+        "return (1.5 * p_x / q_x).clamp(max=1.0)",
+        "the cheat itself",
+    ),
+)
+ANSWERS += answers(
+    4,
+    "speculate.py",
+    (
+        "    return node, choice[node]",
+        "    return node, choice[shape.parents[node]]",
+        "the last accepted token is written twice",
+    ),
+)
+ANSWERS += answers(
+    4,
+    "drafts.py",
+    (
+        "return (whole_path * shape.depth).argmax(0)",
+        "return whole_path.long().argmax(0)",
+        "the first node that agrees, not the deepest",
+    ),
+)
+ANSWERS += answers(
+    5,
+    "drafts.py",
+    (
+        "parents, depth = parents[parents], depth // 2",
+        "parents, depth = parents, depth // 2",
+        "the rounds do not double: deep nodes lose their first ancestors",
+    ),
+    (
+        "seen = torch.eye(len(parents), dtype=torch.bool, device=parents.device)",
+        "seen = torch.ones(len(parents), len(parents), dtype=torch.bool).tril()",
+        "a node sees its elder siblings",
+    ),
+)
+ANSWERS += answers(
+    5,
+    "model.py",
+    (
+        "        self.length = length\n\n    def keep",
+        "        self.keys[..., length:, :] = 0\n\n    def keep",
+        "what was forgotten is emptied, and still counts",
+    ),
+    (
+        "stored[..., start : self.length, :] = stored[..., start + path, :]",
+        "stored[..., start : self.length, :] = stored[..., path, :]",
+        "places are counted from the beginning of the text",
+    ),
+)
+ANSWERS += answers(
+    6,
+    "drafts.py",
+    (
+        "for n in range(min(LONGEST, len(text)), least - 1, -1):",
+        "for n in range(least, min(LONGEST, len(text)) + 1):",
+        "the shortest match is taken, not the longest",
+    ),
+    (
+        "while self.entered + 1 < len(text):  #",
+        "while self.entered < len(text):  #",
+        "the text's own end is found, which nothing follows",
+    ),
+    (
+        "text.append(text[place - len(known.tokens) + len(text)])",
+        "text.append(text[0])",
+        "a copy at the end of the text does not go round",
+    ),
+)
+ANSWERS += answers(
+    7,
+    "speculate.py",
+    (
+        "depth = min(plan.depth, limit - len(out.tokens) - 1)",
+        "depth = plan.depth",
+        "more is written than was asked for",
+    ),
+)
+ANSWERS += answers(
+    8,
+    "draft_head.py",
+    (
+        "            u = u + F.silu(torch.baddbmm(bias, u, weight))",
+        "            u = F.silu(torch.baddbmm(bias, u, weight))",
+        "no residual: an untrained head is not the target's own",
+    ),
+    (
+        "u = self.combine(torch.cat([embedded, hidden], dim=-1))",
+        "u = self.combine(torch.cat([hidden, embedded], dim=-1))",
+        "states are read as embeddings",
+    ),
+    (
+        "outputs = batch.rows(batch.hidden[:, 1:], 1).double()",
+        "outputs = batch.rows(batch.hidden[:, :-1], 1).double()",
+        "it is solved for the state it was given",
+    ),
+)
+ANSWERS += answers(
+    9,
+    "discriminator.py",
+    (
+        "return (p.clamp_min(tiny).log() - q.clamp_min(tiny).log()).detach()",
+        "return p.clamp_min(tiny).log() - q.clamp_min(tiny).log()",
+        "the head changes D to please it",
+    ),
+    (
+        "fake = (q.detach() * F.logsigmoid(-logits)).sum(-1)",
+        "fake = (q.detach() * F.logsigmoid(logits)).sum(-1)",
+        "D learns to take all for real",
+    ),
+    (
+        "return -(q * F.logsigmoid(logits.detach())).sum(-1).mean()",
+        "return -(q.detach() * F.logsigmoid(logits)).sum(-1).mean()",
+        "the gradient goes through D, not through q",
+    ),
+)
+ANSWERS += answers(
+    9,
+    "sampling.py",
+    (
+        "return torch.minimum(p, q).sum(-1)",
+        "return (p * q).sum(-1)",
+        "the chance that two draws are equal",
+    ),
+)
+ANSWERS += answers(
+    10,
+    "train.py",
+    (
+        "loss = self.d_loss(guess.detach(), batch)",
+        "loss = -self.d_loss(guess.detach(), batch)",
+        "D learns to be wrong",
+    ),
+    (
+        "update(self.optimizer, self.head_lr * rate, loss, clip=True)",
+        "update(self.optimizer, self.head_lr, loss, clip=True)",
+        "the head's rate does not fall",
+    ),
+    (
+        "loss = self.head_loss(guess, batch, 1.0, weight)",
+        "loss = self.head_loss(guess, batch, 1.0, self.weight)",
+        "lambda counts before the game has begun",
+    ),
+)
+ANSWERS += answers(
+    11,
+    "costs.py",
+    (
+        "        total += chance\n",
+        "        total = 1.0 + chance\n",
+        "the last node counts alone",
+    ),
+    (
+        "return self.tau / (self.c_verify + self.c_draft)",
+        "return self.tau / self.c_verify",
+        "drafting is free",
+    ),
+    (
+        "return max(sizes, key=lambda size: size.speedup)",
+        "return max(sizes, key=lambda size: size.tau)",
+        "tau is taken for speed",
+    ),
+)
+ANSWERS += answers(
+    12,
+    "study/judge.py",
+    (
+        "tokens = (reach[:, None] * self.followed - self.speed * self.node).clamp(min=0).sum()",
+        "tokens = (reach[:, None] * self.followed).sum()",
+        "a step's tokens are wanted, and their verification is forgotten",
+    ),
+    (
+        "return 1 + int((tokens - self.speed * self.verify[: len(tokens)]).argmax())",
+        "return 1 + int((tokens / self.verify[: len(tokens)]).argmax())",
+        "the best ratio of this one draft, not the speed of the text",
+    ),
+)
+MUTATIONS = RULES + DECODER + CACHE + PLANS + HEADS + GAME + FIGURES + FILES + ANSWERS

@@ -232,7 +232,7 @@ def path_probabilities(head, state, depth: int, vocab: int, temperature) -> dict
         for token in path:
             logits = head.expand(state, torch.tensor([[token]]))
         for token, q in enumerate((logits[0, 0] / temperature).softmax(-1).tolist()):
-            found[*path, token] = found[path] * q
+            found[(*path, token)] = found[path] * q
     return found
 
 

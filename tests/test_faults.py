@@ -7,6 +7,8 @@ is in test_pretrained.py.
 import json
 import multiprocessing
 import os
+import random
+import re
 import shutil
 import subprocess
 import sys
@@ -29,7 +31,7 @@ from speculate import generate
 from study.prompts import from_file, read_questions
 from targets.bpe import PIECES, build_encoding, encode, tokenize
 from targets.runs import load_head, load_target
-from targets.text import describe, read_paths
+from targets.text import LEAST, by_hash, describe, load_documents, read_paths, sizes
 
 CPU = torch.device("cpu")
 
@@ -215,6 +217,42 @@ def test_the_same_text_by_two_names_is_read_once(tmp_path):
     (tmp_path / "d.txt").write_text("other text\n" * 300)
     documents = read_paths([str(tmp_path)])
     assert {document.name.split("#")[0] for document in documents} == {"a.txt", "d.txt"}
+
+
+def folder_of(path: Path, count: int, size: int, seed: int, lines: bool) -> list[str]:
+    """`count` files of made-up words, of `size` characters on average, some much longer."""
+    rng = random.Random(f"{count} {size} {seed} {lines}")
+    for number in range(count):
+        length = round(size * rng.choice([0.5, 0.8, 1.0, 1.7]))
+        words = "".join(rng.choices("abcdefghijk  ", k=length))
+        text = re.sub(r"(.{60})", r"\1\n", words) if lines else words
+        (path / f"{rng.getrandbits(40):x}-{number}.txt").write_text(text)
+    return [str(path)]
+
+
+@pytest.mark.parametrize("lines", [True, False])
+@pytest.mark.parametrize("count, size", [(1, 200_000), (2, 150_000), (5, 60_000), (20, 20_000)])
+@pytest.mark.parametrize("seed", range(3))
+def test_every_part_has_its_share_however_few_and_long_the_files(
+    tmp_path, count, size, seed, lines
+):
+    """By chance alone 64 of 100 folders of 20 files left a part empty, and were refused."""
+    paths = folder_of(tmp_path, count, size, seed, lines)
+    documents = read_paths(paths)
+    found, by_chance = sizes(load_documents(paths)), sizes(by_hash(documents))
+    total = sum(len(document.text) for document in documents)
+    assert sum(found.values()) == total
+    if min(by_chance.values()) >= LEAST:  # the split of runs that are there already
+        assert found == by_chance
+    else:
+        assert all(0.025 * total <= found[part] <= 0.085 * total for part in ("valid", "test"))
+    texts = {part: {d.text for d in members} for part, members in load_documents(paths).items()}
+    assert not texts["train"] & (texts["valid"] | texts["test"])
+
+
+def test_too_little_text_is_refused_by_the_part_that_lacks_it(tmp_path):
+    with pytest.raises(UserError, match=r"characters of text in the (valid|test) part, at least"):
+        load_documents(folder_of(tmp_path, 3, 10_000, 0, True))
 
 
 @pytest.mark.parametrize("mark", ["\u2028", "\u2029", "\u0085", "\x0c", "\x1c"])

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from plumbing.cli import UserError
 from study import report
 from study.ablation import compared
 from study.foresight import pairs_of
@@ -190,6 +191,16 @@ def test_tau_is_tokens_over_uncut_cycles_summed_over_loop_free_prompts():
     low, high = head["tau_interval"]
     assert low <= head["tau"] <= high
     assert figures["loop_free"] == 2
+
+
+def test_without_a_whole_cycle_there_is_no_tau():
+    """It was a tau of 0, where 1 is the least."""
+    samples = [sample([3], 0), sample([2], 0), sample([5, 5, 2], 2, loop=True)]
+    seconds = {"autoregressive": [[1.0] * 3], "eagle": [[1.0] * 3]}
+    costs = costs_of({"eagle": {"verify": 1.0, "draft": 0.5, "absorb": 0.0}})
+    methods = {"eagle": {"head": "eagle", "gamma": 4, "nodes": 0, "setting": "chain"}}
+    with pytest.raises(UserError, match="eagle: every text ends within its first cycle"):
+        evaluate(methods, 0, samples, seconds, costs)
 
 
 @pytest.mark.parametrize("together", [True, False])

@@ -310,13 +310,16 @@ def test_in_bfloat16_the_losses_teach_the_same(kind):
     target, head, judge, batch = game_setting(kind, draft_vocab=20)
 
     def taught(dtype) -> tuple[list, list]:
-        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
-            training, guess = in_training(target, head, judge, dtype), head(batch, OWN_STEPS)
-            losses = (
-                training.head_loss(guess, batch, 1.0, 0.3),
-                training.d_loss(guess.detach(), batch),
-            )
-        return gradients(head, losses[0]), gradients(judge, losses[1])
+        def autocast():  # one for each loss: it keeps weights it met without a gradient so
+            return torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16)
+
+        training = in_training(target, head, judge, dtype)
+        with autocast():
+            guess = head(batch, OWN_STEPS)
+            loss = training.head_loss(guess, batch, 1.0, 0.3)
+        with autocast():
+            of_judge = training.d_loss(guess.detach(), batch)
+        return gradients(head, loss), gradients(judge, of_judge)
 
     for exact, low in zip(taught(torch.float32), taught(torch.bfloat16)):
         assert all(one.dtype == torch.float32 for one in low)

@@ -26,7 +26,7 @@ def lk_loss(logits, p):
     return (w * divergence + (1 - w) * (1 - alpha)).mean()
 
 
-class run_judge(nn.Module):  # noqa: N801: a project's name is that of its file
+class run_judge(nn.Module):
     """A recurrent one: its state at a place knows all places before."""
 
     def __init__(self, width: int, hidden: int = 32):
