@@ -1,24 +1,29 @@
-"""`python -m tests.mutate`: breaks each line of tests/mutations.py in a copy, and runs its tests.
+"""Break the lines of mutations.py one by one, each in a copy: its tests have to fail.
 
-    python -m tests.mutate                 all of them
-    python -m tests.mutate --part 1/3      every third, chosen by the commit
+    python -m tests.mutate              all of them
+    python -m tests.mutate --part 1/3   a third, another one with each commit
+    python -m tests.mutate --with exercise   those whose reason has this word
 
-A mutation is caught if one of its tests fails. The exit status is 1 if any survives.
+The exit status is 1 where a broken line went unnoticed.
 """
 
 import argparse
+import os
 import shlex
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from queue import SimpleQueue
 
 from tests.mutations import MUTATIONS, Mutation
 
 ROOT = Path(__file__).parent.parent
 LEFT_OUT = shutil.ignore_patterns(".git", "out", "__pycache__", ".*_cache", "results", "docs")
+JOBS = min(4, os.cpu_count() or 1)  # at once, each in a copy of its own
 
 
 def caught(mutation: Mutation, folder: Path) -> str | None:
@@ -32,37 +37,48 @@ def caught(mutation: Mutation, folder: Path) -> str | None:
         found = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     finally:
         path.write_text(text, "utf-8")
-    if found.returncode not in (0, 1):
+    failed = [line for line in found.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
+    if found.returncode not in (0, 1) and not failed:
         raise SystemExit(f"{mutation.file}: its tests cannot run:\n{found.stdout[-2000:]}")
-    failed = [line for line in found.stdout.splitlines() if line.startswith("FAILED")]
     return failed[0].split()[1] if failed else "an error" if found.returncode else None
 
 
-def chosen(part: str | None) -> list[Mutation]:
+def chosen(part: str | None, word: str) -> list[Mutation]:
     """Those of a part, "1/3": which third of them is told by the commit."""
+    rows = [mutation for mutation in MUTATIONS if word in mutation.why]
     if part is None:
-        return MUTATIONS
+        return rows
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
     number, of = map(int, part.split("/"))
     first = (int(commit.stdout.strip()[:8] or "0", 16) + number - 1) % of
-    return MUTATIONS[first::of]
+    return rows[first::of]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--part", default=None, help="such as 1/3; default: all")
-    asked, survived = chosen(parser.parse_args().part), []
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch) / "copy"
-        shutil.copytree(ROOT, folder, ignore=LEFT_OUT)
-        for number, mutation in enumerate(asked, start=1):
-            begin, name = time.monotonic(), f"{mutation.file}: {mutation.wrong.strip()[:60]!r}"
-            test = caught(mutation, folder)
-            survived += [name] if test is None else []
+    parser.add_argument("--with", default="", dest="word", help="a word of their reasons")
+    arguments = parser.parse_args()
+    asked, folders = chosen(arguments.part, arguments.word), SimpleQueue()
+
+    def judged(mutation: Mutation) -> tuple:
+        begin, folder = time.monotonic(), folders.get()
+        try:
+            return mutation, caught(mutation, folder), time.monotonic() - begin
+        finally:
+            folders.put(folder)
+
+    with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(JOBS) as pool:
+        for number in range(JOBS):
+            folder = Path(scratch) / str(number)
+            folders.put(shutil.copytree(ROOT, folder, ignore=LEFT_OUT))
+        survived = 0
+        for number, (mutation, test, seconds) in enumerate(pool.map(judged, asked), start=1):
+            survived += test is None
             verdict = "SURVIVED" if test is None else f"caught by {test}"
-            seconds = time.monotonic() - begin
-            print(f"{number}/{len(asked)} {name} {verdict}, {seconds:.0f} s", flush=True)
-    print(f"{len(asked) - len(survived)} of {len(asked)} caught")
+            name = f"{mutation.file}: {mutation.why}"
+            print(f"{number}/{len(asked)} {name}: {verdict}, {seconds:.0f} s", flush=True)
+    print(f"{len(asked) - survived} of {len(asked)} caught")
     sys.exit(1 if survived else 0)
 
 

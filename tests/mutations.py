@@ -5,9 +5,11 @@ copy of the project and expects its tests to fail there; a part of them runs in 
 to it that each line stands exactly once where it is said to stand.
 """
 
+import ast
+from pathlib import Path
 from typing import NamedTuple
 
-from study.exercise import EXERCISES
+from study.exercise import EXERCISES, emptied, function
 
 
 class Mutation(NamedTuple):
@@ -598,4 +600,25 @@ ANSWERS += answers(
         "the best ratio of this one draft, not the speed of the text",
     ),
 )
-MUTATIONS = RULES + DECODER + CACHE + PLANS + HEADS + GAME + FIGURES + FILES + ANSWERS
+
+
+def blank(number: int, file: str, name: str) -> Mutation:
+    """A function of an exercise as its student finds it."""
+    source = (Path(__file__).parent.parent / file).read_text("utf-8")
+    lines, node = source.splitlines(keepends=True), function(ast.parse(source), name)
+    before, after = "".join(lines[: node.lineno - 1]), "".join(lines[node.end_lineno :])
+    line, empty = source, emptied(source, [name], number)
+    line, empty = (text[len(before) : len(text) - len(after)] for text in (line, empty))
+    return Mutation(
+        file, line, empty, EXERCISES[number].tests, f"exercise {number}: {name} is empty"
+    )
+
+
+BLANKS = [
+    blank(number, file, name)
+    for number, exercise in EXERCISES.items()
+    for file, names in exercise.blanks.items()
+    for name in names
+    if not exercise.fails
+]
+MUTATIONS = RULES + DECODER + CACHE + PLANS + HEADS + GAME + FIGURES + FILES + ANSWERS + BLANKS
