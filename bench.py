@@ -23,6 +23,8 @@ measured apart. This is the last file of the reading order; study/ holds the sta
 tables.
 """
 
+import plumbing.early  # noqa: F401
+
 import random
 import statistics
 import sys

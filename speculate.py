@@ -37,6 +37,8 @@ is the command line. In shapes () is a single number, V the vocabulary, D the wi
 N + 1 counts a draft's N tokens with its root, the last certain token. Read next: sampling.py.
 """
 
+import plumbing.early  # noqa: F401
+
 import math
 import sys
 from collections.abc import Collection

@@ -22,6 +22,8 @@ KOALA: K = 2, lambda > 0}. It can be interrupted at any time: the same command g
 stopped. Read next: costs.py.
 """
 
+import plumbing.early  # noqa: F401
+
 from functools import partial
 from pathlib import Path
 

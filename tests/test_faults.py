@@ -4,6 +4,7 @@ Each is a kind of fault, with inputs of our own. What a target from elsewhere mu
 is in test_pretrained.py.
 """
 
+import ast
 import json
 import multiprocessing
 import os
@@ -383,6 +384,20 @@ def test_an_interrupt_while_decoding_is_one_line_even_where_a_shell_ignored_it(n
     assert process.returncode in (0, 130)
     if process.returncode == 130:
         assert err.strip() == "interrupted"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals are those of POSIX")
+def test_an_interrupt_while_torch_is_imported_is_one_line():
+    """It was a traceback of imports, for the seconds that they take."""
+    code = "import plumbing.early, os, signal, time; os.kill(os.getpid(), signal.SIGINT)"
+    words = [sys.executable, "-c", f"{code}; time.sleep(9)"]
+    root = Path(__file__).parent.parent
+    done = subprocess.run(words, cwd=root, capture_output=True, text=True)
+    assert done.returncode in (1, 130, -2) and done.stderr.strip() == "interrupted"
+    for script in ("speculate.py", "train.py", "bench.py", "study/__init__.py"):
+        tree = ast.parse((root / script).read_text("utf-8"))
+        first = next(node for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom)))
+        assert ast.unparse(first) == "import plumbing.early", script
 
 
 def test_speculate_reads_a_run_that_is_being_trained(tiny_run, tmp_path, call):

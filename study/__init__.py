@@ -1,0 +1,3 @@
+"""Does it pay? See README.md."""
+
+import plumbing.early  # noqa: F401
