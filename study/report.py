@@ -108,6 +108,22 @@ def foresight_table(result: dict) -> str:
     return table(header + " | tau, decoded | speedup, decoded | against best", rows)
 
 
+def overhead_table(result: dict) -> str:
+    """What a head takes by its layers: a run of study/overhead.py."""
+    target, rows = result["target"], []
+    for row in result["overhead"]:
+        share = row["parameters"] / target["parameters"]
+        cells = [row["kind"], row["layers"], f"{row['parameters'] / 1e6:.2f} M ({share:.1%})"]
+        cells += [f"{row['cache_bytes'] / 1024:.2f} kB", f"{row['peak_bytes'] / 1e6:.0f} MB"]
+        cells += [f"{row['step']:.2f} s", f"{row['step_with_d']:.2f} s"]
+        rows.append(cells)
+    cells = ["the target", "", f"{target['parameters'] / 1e6:.1f} M"]
+    cells += [f"{target['cache_bytes'] / 1024:.2f} kB", f"{target['peak_bytes'] / 1e6:.0f} MB"]
+    rows.append([*cells, "", ""])
+    header = "head | K | parameters (of the target's) | keys and values of a token | peak memory"
+    return table(f"{header} | training step without D | with a learnt D", rows)
+
+
 def conditions(result: dict) -> str:
     """A benchmark's conditions, in one line."""
     figures, config, candidates = result["figures"], result["config"], result["candidates"]
@@ -272,8 +288,9 @@ def tables_of(name: str) -> str:
     if name in SPECIAL:
         return SPECIAL[name]()
     result = read_result(Path(name).stem)
-    if "foreseen" in result:
-        return foresight_table(result)
+    for key, made in (("foreseen", foresight_table), ("overhead", overhead_table)):
+        if key in result:
+            return made(result)
     return ablation_table(result) if "cells" in result else bench_tables(result, True)
 
 
