@@ -164,11 +164,13 @@ class HeadTraining:
     # ---------------------------------------------------------------------------- the step
 
     def joint_step(self, batch: Batch, part: str, own_steps: int, rate=1.0, log=False) -> dict:
-        """One step of the head and, in the joint part, one of D before it. Figures if `log`.
+        """One step of the head and, in the joint part, one of D before it.
 
         `part`: "supervised", "D alone" or "joint". `own_steps`: the draft positions that EAGLE
         learns by now. `rate`: share of both peak learning rates. D slows down with the head: a D
-        that still leaps beside a head at rest forgets its knowledge (study/LOG.md).
+        that still leaps beside a head at rest forgets its knowledge (study/LOG.md). The head's
+        gradient is clipped. A batch whose last draft position has no row changes nothing. Returns
+        the figures of `in_parts` if `log`, else {}.
         """
         positions = self.head.max_draft or own_steps
         if not batch.learn[:, positions + 1 :].any():

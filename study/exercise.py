@@ -11,10 +11,12 @@ the checks are the project's own tests. So neither can grow old without a test t
 """
 
 import ast
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
+import textwrap
 import xml.etree.ElementTree as ElementTree
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,7 +50,8 @@ EXERCISES = {
         {"speculate.py": ["verify"]},
         "tests/test_rule.py -k verify",
         35,
-        "tokens behind a rejected one would be kept, or the last token drawn from the wrong law",
+        "tokens behind a rejected one would be kept, the last one drawn from the wrong law, or a "
+        "uniform used twice, which ties a token to the verdict before it",
     ),
     3: Exercise(
         "cheat, and be caught",
@@ -61,9 +64,10 @@ EXERCISES = {
     4: Exercise(
         "named tokens are judged",
         {"speculate.py": ["match"], "drafts.py": ["deepest"]},
-        "tests/test_drafts.py -k 'deepest or any_shape or named or growing_tree_is'",
+        "tests/test_drafts.py tests/test_properties.py"
+        " -k 'deepest or any_shape or named or growing_tree_is or match_follows'",
         40,
-        "a tree's likeliest nodes are no samples: judged as such they change the text",
+        "a tree would bring nothing, or its text would be another: likeliest nodes are no samples",
     ),
     5: Exercise(
         "the mask of a tree, and a cache that forgets",
@@ -154,11 +158,11 @@ def emptied(source: str, names: list[str], number: int) -> str:
     """The source with the bodies of these functions gone; signature and docstring stay."""
     lines, tree = source.splitlines(keepends=True), ast.parse(source)
     for node in sorted((function(tree, name) for name in names), key=lambda node: -node.lineno):
-        body = node.body[1:] if ast.get_docstring(node) is not None else node.body
+        docstring, *body = node.body  # each has one; comments below it go too
         if not body:
             continue
         blank = f"{' ' * body[0].col_offset}raise NotImplementedError('exercise {number}')\n"
-        lines[body[0].lineno - 1 : node.end_lineno] = [blank]
+        lines[docstring.end_lineno : node.end_lineno] = [blank]
     return "".join(lines)
 
 
@@ -204,8 +208,9 @@ def start(number: int) -> None:
         if not exercise.fails:
             (ROOT / file).write_text(emptied(source, names, number), "utf-8")
         print(f"{file}: {', '.join(names)}")
-    print(f"check it:   python -m study.exercise check {number}")
-    print(f"give it up: python -m study.exercise stop {number}")
+    print(f"check it:    python -m study.exercise check {number}")
+    print(f"give it up:  python -m study.exercise solution {number}")
+    print(f"put it back: python -m study.exercise stop {number}")
 
 
 def check_the_rest(number: int) -> None:
@@ -222,16 +227,23 @@ def check_the_rest(number: int) -> None:
             raise UserError(f"{file} was changed outside of {', '.join(names)}: put the rest back")
 
 
-def said_by(test: ElementTree.Element) -> str:
-    """A failed test in words: its name, the first line of its docstring, what it saw."""
-    name = test.get("name").partition("[")[0]
-    path = ROOT / (test.get("classname").replace(".", "/") + ".py")
+def said_by(tests: list[ElementTree.Element], files: list[str]) -> str:
+    """A failed test in words: its name, its cases, its docstring's first line, what it saw where.
+
+    tests: its cases. files: those of the exercise.
+    """
+    name = tests[0].get("name").partition("[")[0]
+    path = ROOT / (tests[0].get("classname").replace(".", "/") + ".py")
     node = function(ast.parse(path.read_text("utf-8")), name)
     story = (ast.get_docstring(node) or "").partition("\n")[0]
-    fault = test.find("failure") if test.find("failure") is not None else test.find("error")
-    seen = fault.get("message", "").partition("\n")[0][:120]
-    words = name.removeprefix("test_").replace("_", " ")
-    return "\n".join([f"  - {words}", *(f"      {line}" for line in (story, seen) if line)])
+    fault = tests[0].find("failure")
+    fault = tests[0].find("error") if fault is None else fault
+    seen = textwrap.shorten(fault.get("message", ""), 160, placeholder=" ..")
+    here = re.findall(rf"^({'|'.join(map(re.escape, files))}):(\d+)", fault.text or "", re.M)
+    where = "passed through {}, line {}".format(*here[-1]) if here else ""
+    cases = f" ({len(tests)} cases)" if len(tests) > 1 else ""
+    words = name.removeprefix("test_").replace("_", " ") + cases
+    return "\n".join([f"  - {words}", *(f"      {line}" for line in (story, seen, where) if line)])
 
 
 def check(number: int) -> bool:
@@ -257,8 +269,11 @@ def check(number: int) -> bool:
         print(f"right: all {len(tests)} tests pass")
         return True
     print(f"{len(failed)} of {len(tests)} tests fail:")
-    told = {said_by(test).partition("\n")[0]: said_by(test) for test in failed}
-    print("\n".join([*told.values()][:5]))
+    told = {}
+    for test in failed:
+        told.setdefault(test.get("name").partition("[")[0], []).append(test)
+    for cases in [*told.values()][:5]:
+        print(said_by(cases, [*exercise.blanks]))
     print(f"Why it matters: {exercise.why}.")
     return False
 

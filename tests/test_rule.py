@@ -104,7 +104,10 @@ def verify_p_value(sampling: dict, q_for_verify=None, draws: int = 100_000) -> f
 
 @pytest.mark.parametrize("name", SAMPLING)
 def test_verify_draws_from_the_enumerated_law(name):
-    assert verify_p_value(SAMPLING[name]) > FALSE_ALARM
+    p_value = verify_p_value(SAMPLING[name])
+    assert p_value > FALSE_ALARM, (
+        "the law is another: is each uniform used once, and the last last?"
+    )
 
 
 def test_verify_with_another_q_than_was_drafted_from_is_seen():
