@@ -6,12 +6,13 @@
        speed follows from the costs of this machine: chains and fixed sizes of trees, which exist
        already; paying trees by A, by the regression, by q; and an oracle, which drafts along the
        text and stops just before it would be rejected. S, the speed by which a paying tree cuts, is
-       the one that it reaches itself: three rounds of replay.
+       the one that it reaches itself: two rounds of replay.
     3. With `--test_prompts`: the best plan of those that exist and the paying trees decode *test*
        prompts, like methods of bench.py.
 
 One variant for each target and temperature: A's tree of at most NODES tokens, DEPTH deep, of the
-width (children of a node, and nodes that are expanded at each depth) that is best on validation.
+width (children of a node, and nodes that are expanded at each depth) and the patience that are best
+on validation.
 """
 
 import time
@@ -41,7 +42,7 @@ from targets.written import CONTINUING, self_written
 WINDOW = 256  # tokens of each text that is learnt from
 NODES, DEPTH = 24, 10  # of a paying tree, at most
 STEPS = (1, 2, 4, 7, DEPTH)  # draft steps that are timed
-WIDTHS = (1, 2, WIDTH)  # of paying trees; 1 is a chain that stops
+SHAPES = tuple((width, patience) for width in (2, WIDTH) for patience in (1, 2, 4))
 SMALL = ((1, 3), (2, 5))  # trees beside those of study/sizes.py
 
 
@@ -153,10 +154,11 @@ def along_validation(config, target, head, models, followed, folder, encoding) -
     sizes = [(g, 0, 0) for g in range(1, DEPTH + 1)] + [(*size, 0) for size in TREES + SMALL]
     plans = {size: plan_draft(head, *size[:2], target) for size in sizes}
     tree = partial(PayingTree, nodes=NODES, device=target.embed.weight.device)
+    widths = sorted({width for width, _ in SHAPES})
     others = {
         (depth, (name, width)): tree(width, depth=depth, model=model)
         for name, model in models.items()
-        for width in WIDTHS
+        for width in widths
         for depth in STEPS
     }
     measured = size_costs(target, head, sizes, config.temperature, others)
@@ -164,17 +166,17 @@ def along_validation(config, target, head, models, followed, folder, encoding) -
     figures = {"texts": len(texts), "passes": [*measured[0].items()]}
     figures["best"] = {"size": best[:2], "tau": best.tau, "speed": best.speedup}
     for name, model in models.items():
-        for width in WIDTHS:
+        for width, patience in SHAPES:
             costs, speed = Costs(*measured, (name, width)), best.speedup
-            for _ in range(3):
+            for _ in range(2):
                 cut = dict(speed=speed, costs=(costs.verify, costs.step), followed=followed)
-                one = tree(width, depth=DEPTH, model=model, **cut)
-                row = speed_of(one, costs, head, texts, sampler) | {"width": width, "cut at": speed}
+                one = tree(width, depth=DEPTH, model=model, patience=patience, **cut)
+                row = speed_of(one, costs, head, texts, sampler) | {"cut at": speed}
                 speed = row["speed"]
-            figures[f"{name} of {width}"] = row
+            figures[f"{name} of {width}, {patience}"] = row
             if speed > figures.get(name, {"speed": 0.0})["speed"]:
-                figures[name], trees[name] = dict(row), one
-    for width in WIDTHS:
+                figures[name], trees[name] = row | {"shape": [width, patience]}, one
+    for width in (1, *widths):
         oracle, costs = Oracle(width, DEPTH), Costs(*measured, False)
         figures[f"oracle of {width}"] = speed_of(oracle, costs, head, texts, sampler)
     most = max(row["speed"] for name, row in figures.items() if name.startswith("oracle"))

@@ -22,8 +22,9 @@ path. A node that is reached and accepted with chance R adds R tokens to its cyc
 
 rises by a node exactly if R > S * (cost of the node) (Dinkelbach, 1967). So the tree keeps its best
 n nodes, n = argmax of sum R - S c_verify(n), and goes one level deeper while the tokens expected
-there are worth the draft step. It is judged by `speculate.match`, so that the text's law is the
-target's whatever A says: its tokens are named, and none is drawn.
+there, times its patience, are worth the draft step: an accepted token leads to others. It is judged
+by `speculate.match`, so that the text's law is the target's whatever A says: its tokens are named,
+and none is drawn.
 
 (With drawn tokens such a gate is a trap. A token once drawn from q has to stay in the draft. To
 drop it because *its own* chance is low changes the law of the text: see tests/test_judge.py.)
@@ -143,12 +144,24 @@ class PayingTree(GrowingTree):
 
     model: ranks them; None: q does, as in `GrowingTree`. speed: S. verify (nodes + 1,): the cost of
     a pass over 1, 2, .. tokens; step: that of a draft step; both in plain steps. followed (WIDTH,):
-    how often the first, second, .. child of a node is accepted. At speed 0 all is drafted and kept.
+    how often the first, second, .. child of a node is accepted. patience: what a token of the next
+    level counts, with those that it leads to. At speed 0 all is drafted and kept.
     """
 
-    def __init__(self, width, nodes, depth, device, model=None, speed=0, costs=None, followed=None):
+    def __init__(
+        self,
+        width,
+        nodes,
+        depth,
+        device,
+        model=None,
+        speed=0,
+        costs=None,
+        followed=None,
+        patience=1,
+    ):
         super().__init__(nodes, depth, width, device)
-        self.model, self.speed = model, speed
+        self.model, self.speed, self.patience = model, speed, patience
         verify, self.step = (torch.zeros(nodes + 1), 0.0) if costs is None else costs
         self.verify = torch.as_tensor(verify).double().to(device)
         self.followed = torch.ones(width, device=device) if followed is None else followed[:width]
@@ -167,7 +180,7 @@ class PayingTree(GrowingTree):
         """Whether the children to be expected, each less its cost, are worth a draft step."""
         reach = scores.topk(self.width).values.exp()
         tokens = (reach[:, None] * self.followed - self.speed * self.node).clamp(min=0).sum()
-        self.steps += (on := bool(tokens > self.speed * self.step))
+        self.steps += (on := bool(self.patience * tokens > self.speed * self.step))
         return on
 
     def size(self, scores: Tensor) -> int:

@@ -93,7 +93,8 @@ def foresight_table(result: dict) -> str:
     test = result.get("test", {}).get("figures")
     for name in ("best", "q", "logistic", "judge", "oracle of 1", "oracle of 4"):
         f = valid[name]
-        row = [name, f"{told[name]['bce']:.3f}" if name in told else "", f"{f['tau']:.2f}"]
+        shape = ", width {}, patience {}".format(*f["shape"]) if "shape" in f else ""
+        row = [name + shape, f"{told[name]['bce']:.3f}" if name in told else "", f"{f['tau']:.2f}"]
         size = "chain of {0}" if f.get("size", [0, 0])[1] == 0 else "tree of {1}, {0} deep"
         row += [size.format(*f["size"]) if "size" in f else f"{f['nodes']:.1f}, {f['steps']:.1f}"]
         row += [f"{f['speed']:.2f}x", f"{f['share']:.0%}"]

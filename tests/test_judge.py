@@ -295,10 +295,12 @@ def test_a_tree_goes_on_where_a_step_pays(speed, on):
     At S = 1 that is 0.2 + 0.02 against 0.2, at 1.4 0.16 + 0 against 0.28.
     """
     costs, followed = ([1, 1.1, 1.2], 0.2), torch.tensor([0.5, 0.2])
-    tree = PayingTree(2, 2, 3, CPU, None, speed, costs, followed)
-    tree.steps = 1
-    assert tree.goes_on(torch.tensor([0.6, 0.001, 0.0005, 0.0001]).log()) is on
-    assert tree.steps == 1 + on
+    scores = torch.tensor([0.6, 0.001, 0.0005, 0.0001]).log()
+    for patience, goes in ((1, on), (2, speed < 3)):  # twice 0.16 is more than 0.28
+        tree = PayingTree(2, 2, 3, CPU, None, speed, costs, followed, patience)
+        tree.steps = 1
+        assert tree.goes_on(scores) is goes
+        assert tree.steps == 1 + goes
 
 
 def test_replayed_cycles_are_those_of_the_decoder(target, trained):
@@ -335,8 +337,8 @@ def test_foresight_is_measured_in_one_command(tiny_run, tmp_path, call, monkeypa
     told, valid = result["foreseen"], result["validation"]
     for name in ("judge", "logistic", "q"):
         assert told[name]["bce"] > 0 and 8 <= len(told[name]["deciles"]) <= 10
-        for width in (1, 2, 4):
-            row = valid[f"{name} of {width}"]
+        for width, patience in foresight.SHAPES:
+            row = valid[f"{name} of {width}, {patience}"]
             assert row["tau"] >= 1 and 0 <= row["nodes"] <= 24 and 1 <= row["steps"] <= 5
     assert valid["best"]["share"] == 0
     assert max(row["share"] for n, row in valid.items() if n.startswith("oracle")) in (0, 1)
@@ -344,4 +346,4 @@ def test_foresight_is_measured_in_one_command(tiny_run, tmp_path, call, monkeypa
     assert heads.keys() == {"best", "judge", "logistic", "q"}
     assert all(("identical" in row) == (temperature == 0) for row in heads.values())
     assert temperature or all(row["identical"] == 1 for row in heads.values())
-    assert "| judge |" in out
+    assert "| judge, width " in out
