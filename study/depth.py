@@ -39,7 +39,9 @@ from plumbing.files import write_json
 from plumbing.machine import describe_device, keep_heap, origin
 from speculate import generate
 from study.ablation import AblationConfig, train_cells
+from study.plots import plot_depth
 from study.replay import Follower, PlainText, replay
+from study.report import depth_table
 from study.sizes import Texts, plain_texts
 from study.statistics import DRAWS, percentiles
 from targets.loading import WHICH_RUN, find_run, load
@@ -283,7 +285,12 @@ def main() -> None:
         ],
     }
     write_json(folder / "depth.json", result)
-    print(f"written: {folder / 'depth.json'} in {(time.monotonic() - begin) / 60:.1f} min")
+    result = json.loads((folder / "depth.json").read_text("utf-8"))
+    plot_depth(result, folder / "depth.png")
+    print(f"\n{depth_table(result)}\n")
+    print(
+        f"written: {folder / 'depth.json'}, depth.png in {(time.monotonic() - begin) / 60:.1f} min"
+    )
 
 
 if __name__ == "__main__":

@@ -157,3 +157,36 @@ def plot_foresight(results: dict[str, dict], path: Path) -> None:
     figure.legend(loc="outside lower center", ncols=3)
     figure.savefig(path)
     plt.close(figure)
+
+
+@plt.rc_context(STYLE)
+def plot_depth(result: dict, path: Path) -> None:
+    """Net speed of K layers against one, by the depth of a padded target, each with its own draft.
+
+    Dashed: where each draft step costs the most besides its layers.
+    """
+    kinds = list(dict.fromkeys(row["kind"] for row in result["table"]))
+    most = max(row["more"] for row in result["table"])
+    figure, axes = plt.subplots(1, len(kinds), figsize=(10, 4.6), sharey=True, squeeze=False)
+    for axis, kind in zip(axes[0], kinds):
+        for color, layers in (("teal", "2"), ("mediumvioletred", "3")):
+            for more, line in ((0.0, "o-"), (most, "s--")):
+                rows = [r for r in result["table"] if (r["kind"], r["more"]) == (kind, more)]
+                depths, found = [r["depth"] for r in rows], [r["heads"][layers] for r in rows]
+                net = np.array([f["net"] for f in found])
+                low, high = np.abs(np.array([f["net_interval"] for f in found]).T - net)
+                label = f"K = {layers}" + (f", a draft step costs {more:g} more" if more else "")
+                label = label if axis is axes[0, 0] else None
+                axis.errorbar(
+                    depths, net, (low, high), fmt=line, capsize=4, color=color, label=label
+                )
+        axis.axhline(1.0, color="gray", linestyle="--")
+        axis.axhline(1.1057, color="gray", linestyle=":")
+        axis.set(title=kind, xlabel="layers of the target (padded)", xscale="log")
+        axis.set_xticks(depths, [str(depth) for depth in depths])
+        axis.minorticks_off()
+    axes[0, 0].set_ylabel("speed against one layer (bar: 95 %)")
+    axes[0, 0].plot([], [], ":", color="gray", label="the least gain that KOALA reports")
+    figure.legend(loc="outside lower center", ncols=3)
+    figure.savefig(path)
+    plt.close(figure)

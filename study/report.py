@@ -109,6 +109,34 @@ def foresight_table(result: dict) -> str:
     return table(header + " | tau, decoded | speedup, decoded | against best", rows)
 
 
+def depth_table(result: dict) -> str:
+    """Where K layers pay, by the depth of a padded target: a run of study/depth.py."""
+    found = {(row["kind"], row["depth"], row["more"]): row["heads"] for row in result["table"]}
+    rows = []
+    for (kind, depth, more), heads in found.items():
+        if more:
+            continue
+        for layers, f in heads.items():
+            gamma, nodes = f["size"]
+            size = f"tree of {nodes}, {gamma} deep" if nodes else f"chain of {gamma}"
+            row = [kind, depth, layers, size, f"{f['tau']:.2f}"]
+            row += [f"{f['verify']:.2f} + {f['draft']:.2f}"]
+            row += [with_interval(f["speed"], f["speed_interval"], unit="x")]
+            each = [found[kind, depth, m][layers] for m in result_more(result)]
+            row += [with_interval(f["net"], f["net_interval"], 3) for f in each]
+            rows.append(row)
+    header = "decoding | target's layers (padded) | K | its draft | tau | c_verify + c_draft | "
+    nets = [
+        f"net speed, {m:g} more a draft step" if m else "net speed" for m in result_more(result)
+    ]
+    return table(" | ".join([header + "speed", *nets]), rows)
+
+
+def result_more(result: dict) -> list[float]:
+    """The plain steps that a draft step was made to cost besides."""
+    return sorted({row["more"] for row in result["table"]})
+
+
 def overhead_table(result: dict) -> str:
     """What a head takes by its layers: a run of study/overhead.py."""
     target, rows = result["target"], []
@@ -289,7 +317,8 @@ def tables_of(name: str) -> str:
     if name in SPECIAL:
         return SPECIAL[name]()
     result = read_result(Path(name).stem)
-    for key, made in (("foreseen", foresight_table), ("overhead", overhead_table)):
+    kinds = {"foreseen": foresight_table, "overhead": overhead_table, "table": depth_table}
+    for key, made in kinds.items():
         if key in result:
             return made(result)
     return ablation_table(result) if "cells" in result else bench_tables(result, True)

@@ -103,8 +103,11 @@ def test_one_command_measures_it_all_and_goes_on(tiny_run, tmp_path, call, monke
     assert np.array(result["costs"]["5"]["3"]).shape == (2, 3, 2)
     assert result["decoded"]["5"]["1"]["speedup"] > 0
     assert len(result["table"]) == 2 * 3 * 2
+    rows = out.split("speed, 0.3 more a draft step |\n")[1].splitlines()[1:13]
+    assert [row.split(" | ")[2] for row in rows] == ["1", "2", "3"] * 4
+    assert (folder / "depth.png").stat().st_size > 10_000
     before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
     status, out, err = call(depth.main, *argv)
     assert status == 0 and out.count("trained already") == 6
     changed = {path.name for path, at in before.items() if path.stat().st_mtime_ns != at}
-    assert changed == {"depth.json"}
+    assert changed == {"depth.json", "depth.png"}

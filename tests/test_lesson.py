@@ -27,6 +27,7 @@ def test_a_blank_keeps_signature_and_docstring_and_nothing_of_the_body(number):
             assert ast.dump(ours.args) == ast.dump(theirs.args)
             assert ast.get_docstring(ours) == ast.get_docstring(theirs)
             assert ast.unparse(ours.body[-1]) == f"raise NotImplementedError('exercise {number}')"
+            assert not re.search(r"#.*\n.*raise NotImpl", emptied(source, [name], number))
             assert len(ours.body) <= 2 and ast.unparse(theirs) != ast.unparse(ours)
         lost = len(source.splitlines()) - len(emptied(source, names, number).splitlines())
         assert lost >= 0
@@ -83,7 +84,8 @@ def test_an_exercise_from_its_start_to_its_stop(copy, call):
     assert "(at work)" in call(exercise.main, "list")[1]
     status, out, err = call(exercise.main, "check", 1)
     assert status == 1 and "tests fail:" in out and "Why it matters" in out
-    assert "a cycle writes exactly the targets law" in out and "NotImplementedError" in out
+    assert "a cycle writes exactly the targets law (" in out and "NotImplementedError" in out
+    assert re.search(r"passed through sampling.py, line \d+", out)
     assert "return (p_x / q_x)" in call(exercise.main, "solution", 1)[1]
 
     empty = (copy / "sampling.py").read_text("utf-8")
