@@ -335,13 +335,15 @@ def tree_warning(head, gamma: int, nodes: int, temperature: float) -> str | None
 
 
 @torch.inference_mode()
-def size_costs(target, head, sizes: list, temperature=0.0, others=None) -> tuple[dict, dict]:
+def size_costs(
+    target, head, sizes: list, temperature=0.0, others=None, least=ROUNDS
+) -> tuple[dict, dict]:
     """Costs of passes {tokens: cost} and of drafts {(gamma, is it a tree): cost}, in plain steps.
 
     sizes: triples (gamma, nodes, lookup). others: plans {(depth, their kind): plan}, whose drafts
-    are measured as well. The passes and the drafts take turns for about SECONDS, ROUNDS at least: a
-    large target takes longer. The first round does not count. Before each, untimed, comes the job
-    that precedes it in decoding.
+    are measured as well. The passes and the drafts take turns for about SECONDS, `least` rounds at
+    least: a large target takes longer. The first round does not count. Before each, untimed, comes
+    the job that precedes it in decoding.
     """
     others, longest = others or {}, max(COPIED if lookup else gamma for gamma, _, lookup in sizes)
     most = max(longest, *(nodes for _, nodes, _ in sizes), *(o.nodes for o in others.values())) + 1
@@ -366,7 +368,7 @@ def size_costs(target, head, sizes: list, temperature=0.0, others=None) -> tuple
     before[1] = partial(bench.read, 1)
     samples = {name: [] for name in jobs}
     begin, rounds = time.perf_counter(), 0
-    while rounds < ROUNDS or time.perf_counter() - begin < SECONDS:
+    while rounds < least or time.perf_counter() - begin < SECONDS:
         for name, (job, argument) in jobs.items():
             before[name]()
             samples[name].append(job(argument))

@@ -42,6 +42,7 @@ from targets.written import CONTINUING, self_written
 WINDOW = 256  # tokens of each text that is learnt from
 NODES, DEPTH = 24, 10  # of a paying tree, at most
 STEPS = (1, 2, 4, 7, DEPTH)  # draft steps that are timed
+ROUNDS = 25  # of timing: medians of five choose another plan each time
 SHAPES = tuple((width, patience) for width in (2, WIDTH) for patience in (1, 2, 4))
 SMALL = ((1, 3), (2, 5))  # trees beside those of study/sizes.py
 
@@ -161,7 +162,7 @@ def along_validation(config, target, head, models, followed, folder, encoding) -
         for width in widths
         for depth in STEPS
     }
-    measured = size_costs(target, head, sizes, config.temperature, others)
+    measured = size_costs(target, head, sizes, config.temperature, others, ROUNDS)
     best, trees = fastest(taus_along(texts, head, plans, sampler), *measured), {}
     figures = {"texts": len(texts), "passes": [*measured[0].items()]}
     figures["best"] = {"size": best[:2], "tau": best.tau, "speed": best.speedup}

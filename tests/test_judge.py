@@ -325,6 +325,7 @@ def test_foresight_is_measured_in_one_command(tiny_run, tmp_path, call, monkeypa
     monkeypatch.setattr("study.sizes.is_loop", lambda tokens: False)
     monkeypatch.setattr("study.prompts.from_documents.__defaults__", (12,))
     monkeypatch.setattr("study.foresight.DEPTH", 5)
+    monkeypatch.setattr("study.foresight.ROUNDS", 2)
     monkeypatch.setattr("study.foresight.STEPS", (1, 5))
     monkeypatch.setattr("targets.written.ON_CPU", 40)
     run = shutil.copytree(tiny_run.folder, tmp_path / "run")
