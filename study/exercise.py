@@ -157,7 +157,7 @@ def function(tree: ast.Module, name: str) -> ast.FunctionDef:
 def emptied(source: str, names: list[str], number: int) -> str:
     """The source with the bodies of these functions gone; signature and docstring stay."""
     lines, tree = source.splitlines(keepends=True), ast.parse(source)
-    for node in sorted((function(tree, name) for name in names), key=lambda node: -node.lineno):
+    for node in sorted([function(tree, name) for name in names], key=lambda node: -node.lineno):
         docstring, *body = node.body  # each has one; comments below it go too
         if not body:
             continue

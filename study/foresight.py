@@ -237,11 +237,12 @@ def main() -> None:
         "foreseen": told,
         "validation": figures,
     }
-    if config.test_prompts:
-        result["test"] = on_test(config, target, heads, {"best": best} | trees, folder, encoding)
     path = results_folder(folder) / f"foresight-{kind_of(config.temperature)}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, result)
+    write_json(path, result)  # whatever becomes of the test
+    if config.test_prompts:
+        result["test"] = on_test(config, target, heads, {"best": best} | trees, folder, encoding)
+        write_json(path, result)
     print(f"{foresight_table(result)}\n\nwritten: {path}")
     print(f"{(time.monotonic() - begin) / 60:.1f} min")
 

@@ -177,14 +177,18 @@ class PayingTree(GrowingTree):
         return indices, F.logsigmoid(self.model(seen))
 
     def goes_on(self, scores: Tensor) -> bool:
-        """Whether the children to be expected, each less its cost, are worth a draft step."""
+        """Whether the children to be expected are worth a draft step; a step is counted in `steps`.
+
+        They are those of the `width` likeliest nodes, each less the cost of a node, and together
+        count `patience` times.
+        """
         reach = scores.topk(self.width).values.exp()
         tokens = (reach[:, None] * self.followed - self.speed * self.node).clamp(min=0).sum()
         self.steps += (on := bool(self.patience * tokens > self.speed * self.step))
         return on
 
     def size(self, scores: Tensor) -> int:
-        """The tokens that the best n nodes are to bring, less what their verification costs."""
+        """Nodes to keep, the root among them: they bring the most, less what their pass costs."""
         tokens = scores.topk(min(self.nodes + 1, len(scores))).values.exp().cumsum(0)
         return 1 + int((tokens - self.speed * self.verify[: len(tokens)]).argmax())
 

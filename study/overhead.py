@@ -14,6 +14,7 @@ overhead.json to the run's folder.
 """
 
 import multiprocessing
+import re
 import resource
 import statistics
 import sys
@@ -24,7 +25,7 @@ from pathlib import Path
 import torch
 
 from draft_head import HeadConfig, build_head
-from plumbing.cli import option, parse, run
+from plumbing.cli import UserError, option, parse, run
 from plumbing.files import write_json
 from plumbing.machine import choose_autocast, describe_device, keep_heap, origin, synchronized_time
 from recipe import KOALA_WEIGHT
@@ -57,6 +58,18 @@ def cache_bytes(config, layers: int, dtype: torch.dtype) -> int:
     return 2 * layers * config.num_kv_heads * config.head_dim * dtype.itemsize
 
 
+def most_resident() -> int:
+    """The most bytes of memory that this process ever held.
+
+    On Linux `ru_maxrss` is no answer: a process inherits that of the one that started it.
+    """
+    status = Path("/proc/self/status")
+    if status.is_file():
+        return int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text())[1]) * 1024
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
 def peak_of(folder: Path, shape: HeadConfig | None, device: str, dtype: str, out) -> None:
     """In a process of its own: puts the most bytes that decoding ever took into `out`."""
     target, _, _ = load(folder, None, device, dtype)
@@ -67,21 +80,22 @@ def peak_of(folder: Path, shape: HeadConfig | None, device: str, dtype: str, out
     )
     prompt = list(range(min(PROMPT, target.config.context // 2)))
     generate(target, prompt, NEW, head=head)
-    if weight.device.type == "cuda":
-        out.put(torch.cuda.max_memory_allocated())
-    else:
-        unit = 1 if sys.platform == "darwin" else 1024
-        out.put(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
+    cuda = weight.device.type == "cuda"
+    out.put(torch.cuda.max_memory_allocated() if cuda else most_resident())
 
 
 def peak(*arguments) -> int:
+    """Bytes; see `peak_of`. Raises UserError where its process dies."""
     context = multiprocessing.get_context("spawn")
     out = context.Queue()
     process = context.Process(target=peak_of, args=(*arguments, out))
     process.start()
-    most = out.get()
-    process.join()
-    return most
+    process.join()  # one number fits into the queue's pipe: nobody has to wait for it
+    if process.exitcode:
+        raise UserError(
+            "a process that decoded for its memory has died: is there too little of it?"
+        )
+    return out.get()
 
 
 def trainings(recipe, target, autocast, windows: torch.Tensor) -> dict:

@@ -1,7 +1,7 @@
 """Results as Markdown tables: `python -m study.report` writes those of results/, and the plots.
 
-Every figure comes from a result of bench.py or study/ablation.py; nothing is computed here but
-means and ratios. The tables of README and RESULTS.md are written from results/*.json, and a test
+Every figure comes from a result of bench.py or of a study; nothing is computed here but means and
+ratios. The tables of README and RESULTS.md are written from results/*.json, and a test
 compares them.
 """
 
@@ -143,11 +143,11 @@ def overhead_table(result: dict) -> str:
     for row in result["overhead"]:
         share = row["parameters"] / target["parameters"]
         cells = [row["kind"], row["layers"], f"{row['parameters'] / 1e6:.2f} M ({share:.1%})"]
-        cells += [f"{row['cache_bytes'] / 1024:.2f} kB", f"{row['peak_bytes'] / 1e6:.0f} MB"]
+        cells += [f"{row['cache_bytes'] / 1e3:.2f} kB", f"+ {row['peak_bytes'] / 1e6:.0f} MB"]
         cells += [f"{row['step']:.2f} s", f"{row['step_with_d']:.2f} s"]
         rows.append(cells)
     cells = ["the target", "", f"{target['parameters'] / 1e6:.1f} M"]
-    cells += [f"{target['cache_bytes'] / 1024:.2f} kB", f"{target['peak_bytes'] / 1e6:.0f} MB"]
+    cells += [f"{target['cache_bytes'] / 1e3:.2f} kB", f"{target['peak_bytes'] / 1e6:.0f} MB"]
     rows.append([*cells, "", ""])
     header = "head | K | parameters (of the target's) | keys and values of a token | peak memory"
     return table(f"{header} | training step without D | with a learnt D", rows)
@@ -224,8 +224,12 @@ def task_table(result: dict) -> str:
     return table(" | ".join(["head", "draft", *(f"{t} ({counts[t]})" for t in tasks)]), rows)
 
 
+def is_result(name: str) -> bool:
+    return (RESULTS / f"{name}.json").is_file()
+
+
 def read_result(name: str) -> dict:
-    """A committed result of bench.py or of the ablation."""
+    """A committed result of bench.py or of a study."""
     return json.loads((RESULTS / f"{name}.json").read_text("utf-8"))
 
 
@@ -348,8 +352,10 @@ def main() -> None:
     }
     plot_gain(gains, RESULTS / "koala-gain.png")
     plot_labels(read_result("ablation-labels"), RESULTS / "labels.png")
-    foresights = {title: read_result(name) for name, title in FORESIGHTS.items()}
-    plot_foresight(foresights, RESULTS / "foresight.png")
+    there = {name: title for name, title in FORESIGHTS.items() if is_result(name)}
+    if there:
+        found = {title: read_result(name) for name, title in there.items()}
+        plot_foresight(found, RESULTS / "foresight.png")
     for name in ("cpu-greedy", "smollm2-greedy", "smollm2-four"):
         plot_bench(read_result(name), RESULTS / f"{name}.png")
 

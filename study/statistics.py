@@ -17,8 +17,8 @@ COPYING = " + lookup"  # in the name and the setting of a head's drafts beside c
 
 
 def percentiles(values: np.ndarray) -> list[float]:
-    """The bounds that hold the middle 95 % of the values."""
-    return [float(x) for x in np.percentile(values, [2.5, 97.5])]
+    """The bounds that hold the middle 95 % of the values, of those that are numbers."""
+    return [float(x) for x in np.nanpercentile(values, [2.5, 97.5])]
 
 
 def draw(samples: list, use: np.ndarray, seed: int) -> np.ndarray:
@@ -144,9 +144,11 @@ def evaluate(
     times = draw(samples, use, seed)
     for name in methods:
         if not tau(rows[name], use):
-            reason = "every text ends within its first cycle, so that tau is unknown"
-            raise UserError(f"{name}: {reason}: ask for shorter drafts (--sizes) or other prompts")
+            reason = "each text that counts ends within its first cycle, so that tau is unknown"
+            raise UserError(f"{name}: {reason}: ask for shorter drafts or other prompts")
     resampled = {name: tau(rows[name], times) for name in methods}
+    for values in resampled.values():
+        values[values == 0] = np.nan  # a draw without a cycle knows no tau
 
     def speed(name: str, times: np.ndarray = use) -> np.ndarray:
         """Tokens/s (.., runs), each sample counted so many times (.., samples).

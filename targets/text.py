@@ -6,7 +6,7 @@ of the language reference in `pydoc_data.topics`. `--data` takes any other UTF-8
 
 **Split.** Train 90 %, validation 5 %, test 5 %, by a hash of each document's *group*. A group is a
 top-level module, so two files of one package never stand on both sides. Few given files may leave a
-part empty by chance: then they fill the parts in the order of their hashes. Every choice is made on
+part almost empty by chance: then they fill the parts in the order of their hashes. Every choice is made on
 validation. The test part serves bench.py alone.
 
 Text on both sides makes every number look better than it is. `overlap` measures its share of the
@@ -163,7 +163,7 @@ def by_hash(documents: list[Document]) -> dict[str, list[Document]]:
 def by_shares(documents: list[Document]) -> dict[str, list[Document]]:
     """The first documents by their hashes are for validation, the next for test: a twentieth each.
 
-    What is longer than that is cut, wherever it may be: it is a single line.
+    What is longer than that is cut, wherever it may be: it holds a line as long.
     """
     total, parts = sum(len(document.text) for document in documents), []
     for document in documents:

@@ -1,14 +1,14 @@
-"""What no single test can show, tried many times: minutes, not seconds, so that it is run by hand.
+"""What no single test can show, tried many times: minutes, not seconds, and by hand.
 
     python -m tests.endurance tokens 1000000   greedy tokens in float64, over random cases
-    python -m tests.endurance kills 20         runs, each killed ten times, against one left in peace
+    python -m tests.endurance kills 20         runs killed ten times each, against one in peace
     python -m tests.endurance pairs 50         two commands at once on one folder
 
-`tokens`: random prompts, heads, plans, sizes and stop tokens; every text has to be the target's own,
-checked by one pass over the whole of it. `kills`: the tests' tiny recipe, saved every 0.3 s, its
-texts written in many batches, killed at random moments by SIGKILL, SIGTERM or SIGINT; the weights of
-all checkpoints have to be those of the run that nobody killed, bit for bit. `pairs`: one of the two
-has to be refused in a line, and the other to end as if it had been alone.
+`tokens`: random prompts, heads, plans, sizes and stop tokens; every text has to be the target's
+own, checked by one pass over the whole of it. `kills`: the tests' tiny recipe, saved every 0.3 s,
+its texts written in many batches, killed at random moments by SIGKILL, SIGTERM or SIGINT; the
+weights of all checkpoints have to be those of the run that nobody killed, bit for bit. `pairs`: one
+of the two has to be refused in a line, and the other to end as if it had been alone.
 """
 
 import argparse
@@ -31,6 +31,7 @@ KILLS = 10  # of each run
 CHILD = """
 import sys
 sys.path[:0] = ["tests", "."]
+import plumbing.early
 import conftest, plumbing.progress, targets.written, train
 from plumbing.cli import run
 plumbing.progress.SAVE_SECONDS, targets.written.ON_CPU = 0.3, 20
@@ -75,7 +76,7 @@ def tokens(count: int) -> bool:
         target = tiny_target(seed, vocab=rng.randint(8, 60), context=context)
         heads = [tiny_head(k, n, target, 40) for k in ("medusa", "eagle") for n in (1, 2)]
         settings.append((target, heads))
-    done, texts, cycles, wrong = 0, 0, 0, 0
+    done, texts, written, cycles, wrong = 0, 0, 0, 0, 0
     while done < count:
         target, heads = rng.choice(settings)
         vocab, context = target.config.vocab_size, target.config.context
@@ -95,9 +96,11 @@ def tokens(count: int) -> bool:
         if not right or not ended or early:
             wrong += 1
             print(f"DIFFERS: {plan}, prompt {prompt}, limit {limit}, stops {stops}", flush=True)
-        done, texts, cycles = done + len(new), texts + 1, cycles + len(out.produced)
-    tau = done / max(1, cycles)
-    print(f"{done:,} tokens in {texts:,} texts, {tau:.2f} a cycle: {wrong} texts differ")
+        done, texts = done + len(new), texts + 1
+        written += sum(out.produced[: out.uncut_cycles])
+        cycles += out.uncut_cycles
+    tau = written / max(1, cycles)
+    print(f"{done:,} tokens in {texts:,} texts, tau {tau:.2f}: {wrong} texts differ")
     return wrong == 0
 
 
@@ -150,7 +153,7 @@ def finished(argv: list[str]) -> subprocess.Popen:
 
 
 def kills(runs: int) -> bool:
-    """The rest of a line says which signals came and at which status each command ended."""
+    """A line a run says which signals came, and how long each command took to end."""
     wrong, rng = 0, random.Random(0)
     with tempfile.TemporaryDirectory() as scratch:
         text, peace = text_of(Path(scratch) / "text"), Path(scratch) / "peace"
@@ -172,11 +175,14 @@ def kills(runs: int) -> bool:
                 status = process.returncode
                 if status == 0:
                     break  # it was done already
+                if status not in (130, -number):
+                    wrong += 1
+                    print(f"run {run}: {number.name}, status {status}: {err[-500:]}", flush=True)
                 seen.append(f"{number.name} {late:.1f} s")
                 polite = number != signal.SIGKILL and status == 130
                 if "Traceback" in err or late > 5 or (polite and "interrupted" not in err):
                     wrong += 1
-                    print(f"run {run}: {number.name}, status {status}: {err[-500:]}", flush=True)
+                    print(f"run {run}: {number.name}, {late:.1f} s: {err[-500:]}", flush=True)
             given += len(seen)
             last = finished(flags(text, out))
             alike = last.returncode == 0 and same(weights(out), wanted)

@@ -9,6 +9,7 @@ The exit status is 1 where a broken line went unnoticed.
 
 import argparse
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -22,7 +23,7 @@ from queue import SimpleQueue
 from tests.mutations import MUTATIONS, Mutation
 
 ROOT = Path(__file__).parent.parent
-LEFT_OUT = shutil.ignore_patterns(".git", "out", "__pycache__", ".*_cache", "results", "docs")
+LEFT_OUT = shutil.ignore_patterns(".*", "out", "results", "docs", "__pycache__")  # .git, .venv
 JOBS = min(4, os.cpu_count() or 1)  # at once, each in a copy of its own
 
 
@@ -44,9 +45,14 @@ def caught(mutation: Mutation, folder: Path) -> str | None:
 
 
 def chosen(part: str, word: str) -> list[Mutation]:
-    """Those of a part, "1/3", of the rows with this word."""
-    number, of = map(int, part.split("/"))
-    return [mutation for mutation in MUTATIONS if word in mutation.why][number - 1 :: of]
+    """Those of a part, "1/3", of the rows with this word. SystemExit where there is none."""
+    found, asked = re.fullmatch(r"(\d+)/(\d+)", part), []
+    if found and 1 <= int(found[1]) <= int(found[2]):
+        rows = [mutation for mutation in MUTATIONS if word in mutation.why]
+        asked = rows[int(found[1]) - 1 :: int(found[2])]
+    if not asked:
+        raise SystemExit(f"no line is asked for by --part {part} --with {word!r}")
+    return asked
 
 
 def main() -> None:

@@ -263,7 +263,7 @@ GAME = of(
     (
         "loss = self.d_loss(guess.detach(), batch)",
         "loss = self.d_loss(guess, batch)",
-        "D's step is not one of D alone: the head's graph is used up by it",
+        "D's step is not one of D alone: a gradient is asked for that reaches the head",
     ),
     (
         'weight, figures = self.weight if part == "joint" else 0.0, {}',

@@ -51,7 +51,9 @@ def test_the_page_of_exercises_is_that_of_the_table():
         for file, names in one.blanks.items():
             assert f"]({file})" in part and all(f"`{name}`" in part for name in names)
     for link in re.findall(r"\]\(([^)]+)\)", text):
-        assert (ROOT / link).exists(), link
+        file, _, anchor = link.partition("#")
+        assert (ROOT / file).exists(), link
+        assert not anchor or f"## {anchor.replace('-', ' ')}\n" in text.lower(), link
 
 
 @pytest.mark.parametrize("number", EXERCISES)
@@ -67,7 +69,7 @@ def test_the_checks_of_an_exercise_are_there(number):
 @pytest.fixture
 def copy(tmp_path, monkeypatch):
     """A copy of the project, whose exercises are done; without git."""
-    left = shutil.ignore_patterns(".git", "out", "results", "docs", "__pycache__", ".*_cache")
+    left = shutil.ignore_patterns(".*", "out", "results", "docs", "__pycache__")  # .git, .venv
     folder = shutil.copytree(ROOT, tmp_path / "copy", ignore=left)
     monkeypatch.setattr(exercise, "ROOT", folder)
     monkeypatch.chdir(folder)
@@ -96,6 +98,9 @@ def test_an_exercise_from_its_start_to_its_stop(copy, call):
     assert status == 2 and "sampling.py was changed outside of" in err
     (copy / "sampling.py").write_text(empty.replace("raise Not", "raise raise Not", 1))
     assert "sampling.py, line" in call(exercise.main, "check", 1)[2]
+    (copy / "sampling.py").write_text(empty.replace("def residual(", "def what_is_left("))
+    status, out, err = call(exercise.main, "check", 1)
+    assert status == 2 and "sampling.py lacks one of" in err
     mine = before.replace(
         "return (p_x / q_x).clamp(max=1.0)", "return torch.minimum(p_x / q_x, torch.ones_like(p_x))"
     )
@@ -120,7 +125,11 @@ WRONG = {
     "lk_loss: the weight learns": ("lk_loss", "alpha.detach()", "alpha"),
     "lk_loss: acceptance alone": ("lk_loss", "w * divergence + ", ""),
     "lk_loss: a sum": ("lk_loss", ".mean()", ".sum()"),
-    "run_judge: each state alone": ("run_judge", "self.run(states, ", "self.run(0 * states, "),
+    "run_judge: each state alone": (
+        "run_judge",
+        "self.run(states, self.begin(h_from)[None].contiguous())[0]",
+        "self.begin(states).tanh()",
+    ),
     "run_judge: from behind": ("run_judge", "self.run(states, ", "self.run(states.flip(1), "),
 }
 

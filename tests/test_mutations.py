@@ -4,7 +4,7 @@ import ast
 from pathlib import Path
 
 import pytest
-from mutations import MUTATIONS
+from mutations import ANSWERS, MUTATIONS
 
 from study.exercise import EXERCISES, function
 
@@ -32,5 +32,5 @@ def test_each_function_of_an_exercise_has_a_wrong_answer(number):
         for name in names:
             node = function(ast.parse(source), name)
             body = "\n".join(source.splitlines()[node.lineno - 1 : node.end_lineno]) + "\n"
-            mine = [m for m in MUTATIONS if m.file == file and m.line.split("\n\n")[0] in body]
+            mine = [m for m in ANSWERS if m.file == file and m.line.split("\n\n")[0] in body]
             assert any(m.tests == EXERCISES[number].tests for m in mine), name

@@ -1,12 +1,12 @@
 """What layers cost: each figure against a count of its own."""
 
 import json
-import queue
 import shutil
 
 import pytest
 import torch
 
+from plumbing.cli import UserError
 from study import overhead
 from study.overhead import LAYERS, cache_bytes, step_seconds
 from study.report import overhead_table
@@ -41,12 +41,17 @@ def test_a_cache_takes_what_is_reckoned(tiny_run):
     assert 10 * cache_bytes(target.config, target.config.num_layers, torch.float32) == held
 
 
-@pytest.mark.parametrize("name", ["eagle", "medusa", None])
-def test_the_peak_is_that_of_a_process_that_decodes(tiny_run, name):
-    shape = load(tiny_run.folder, name, "cpu", "float32")[1].config if name else None
-    out = queue.SimpleQueue()
-    overhead.peak_of(tiny_run.folder, shape, "cpu", "float32", out)
-    assert out.get() > 50e6  # of torch alone
+def test_the_peak_is_that_of_a_process_of_its_own(tiny_run):
+    """A process inherits the `ru_maxrss` of the one that started it."""
+    large = torch.ones(250_000_000)  # 1 GB
+    del large
+    shape = load(tiny_run.folder, "eagle", "cpu", "float32")[1].config
+    assert 50e6 < overhead.peak(tiny_run.folder, shape, "cpu", "float32") < 900e6
+
+
+def test_a_process_that_dies_is_told(tmp_path):
+    with pytest.raises(UserError, match="a process that decoded for its memory has died"):
+        overhead.peak(tmp_path, None, "cpu", "float32")  # there is no run
 
 
 def test_the_first_step_is_not_counted_and_all_take_turns(monkeypatch):

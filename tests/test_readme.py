@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from plumbing.cli import UserError
+from study import depth as depth_study
 from study import report
 from study.ablation import compared
 from study.foresight import pairs_of
@@ -100,6 +101,15 @@ def test_the_notebook_is_newest_first_and_has_an_index():
     assert set(anchors_of(ROOT / "study/LOG.md")[1:]) <= set(linked) | {"index"}
 
 
+def reckoned_by_depth(result: dict, kind: str, depth: int, more: float) -> dict:
+    """A row of the table of study/depth.py, from the counts and costs in it."""
+    parts = [result["counts"][f"{kind}-{split}"] for split in ("valid", "test")]
+    parts += [result["costs"][str(depth)]]
+    arrays = [{int(k): np.array(values) for k, values in part.items()} for part in parts]
+    rows = depth_study.reckoned(*arrays, more)
+    return {str(k): row | {"size": list(row["size"])} for k, row in rows.items()}
+
+
 def test_results_hold_every_sample_behind_their_figures():
     """The figures of each committed result are those that its own samples give."""
     for path in sorted(RESULTS.glob("*.json")):
@@ -107,6 +117,15 @@ def test_results_hold_every_sample_behind_their_figures():
         if "cells" in result:  # an ablation
             heads = {cell: row["heads"] for cell, row in result["cells"].items()}
             assert_same(compared(heads), result["cells"])
+            continue
+        if "table" in result:  # study/depth.py
+            again = [
+                reckoned_by_depth(result, row["kind"], row["depth"], row["more"])
+                for row in result["table"]
+            ]
+            assert_same(again, [row["heads"] for row in result["table"]])
+            continue
+        if "foreseen" in result and "test" not in result:
             continue
         if "foreseen" in result:
             test, greedy = result["test"], result["config"]["temperature"] == 0
@@ -202,8 +221,11 @@ def test_without_a_whole_cycle_there_is_no_tau():
     seconds = {"autoregressive": [[1.0] * 3], "eagle": [[1.0] * 3]}
     costs = costs_of({"eagle": {"verify": 1.0, "draft": 0.5, "absorb": 0.0}})
     methods = {"eagle": {"head": "eagle", "gamma": 4, "nodes": 0, "setting": "chain"}}
-    with pytest.raises(UserError, match="eagle: every text ends within its first cycle"):
+    with pytest.raises(UserError, match="eagle: each text that counts ends within its first cycle"):
         evaluate(methods, 0, samples, seconds, costs)
+    samples[1] = sample([2, 2, 2], 3, conversation=1)  # now some draws have a cycle, and some none
+    low, high = evaluate(methods, 0, samples, seconds, costs)["heads"]["eagle"]["tau_interval"]
+    assert low == high == 2
 
 
 @pytest.mark.parametrize("together", [True, False])

@@ -6,8 +6,8 @@ logits (N, V): the head's; p (N, V): the target's distribution. The mean over ro
 
     w KL(p || q) + (1 - w) (1 - alpha),    w = exp(-3 alpha), a number that is held fixed
 
-A head that is far off learns nothing from alpha, so KL leads until alpha is large: the hybrid one of
-LK losses, arXiv 2602.23881.
+A head that is far off learns nothing from alpha, so KL leads until alpha is large: the hybrid one
+of LK losses, arXiv 2602.23881.
 """
 
 import math

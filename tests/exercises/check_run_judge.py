@@ -3,9 +3,9 @@
     run_judge(width) -> a torch.nn.Module
     its forward(h_from (B, D), states (B, P, D)) -> logits (B, P)
 
-states: the head's guesses at P draft positions in a row, or the target's own states there. The logit
-at a position may use that of the position and those before it, and says whether the run is the
-target's. A judge of single guesses cannot see that two do not belong together.
+states: the head's guesses at P draft positions in a row, or the target's own states there. The
+logit at a position may use that of the position and those before it, and says whether the run is
+the target's. A judge of single guesses cannot see that two do not belong together.
 """
 
 import pytest
@@ -17,10 +17,10 @@ WIDTH, PLACES = 6, 3
 
 
 def runs(count: int, generator):
-    """Real runs, whose states follow each other, and false ones: each state alone looks the same."""
-    start = torch.randn(2, count, 1, WIDTH, generator=generator)
+    """Real runs, whose states follow each other, and false ones, alike state by state."""
+    start = torch.randn(count, 1, WIDTH, generator=generator)
     small = 0.1 * torch.randn(count, PLACES, WIDTH, generator=generator)
-    real = start[0] + small
+    real = start + small
     strangers = torch.randn(count, PLACES, WIDTH, generator=generator)
     return torch.zeros(count, WIDTH), real, strangers * (1 + 0.01) ** 0.5
 

@@ -1,4 +1,4 @@
-"""What a student wrote for a project: projects/NAME.py, beside the code, with something NAME in it."""
+"""What a student wrote for a project: NAME in projects/NAME.py, beside the code."""
 
 import importlib.util
 from pathlib import Path
