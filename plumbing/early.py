@@ -11,8 +11,11 @@ def excepthook(usual, kind, error, trace) -> None:
     """In place of Python's own, which is `usual`."""
     importing = False
     while trace is not None:
-        importing |= trace.tb_frame.f_code.co_filename.startswith("<frozen importlib")
-        trace = trace.tb_next
+        frame, trace = trace.tb_frame, trace.tb_next
+        # The body of another module than the script runs while that is imported.
+        importing |= (
+            frame.f_code.co_name == "<module>" and frame.f_globals["__name__"] != "__main__"
+        )
     if importing and issubclass(kind, KeyboardInterrupt):
         print("\ninterrupted", file=sys.stderr)
     else:

@@ -6,8 +6,8 @@ of the language reference in `pydoc_data.topics`. `--data` takes any other UTF-8
 
 **Split.** Train 90 %, validation 5 %, test 5 %, by a hash of each document's *group*. A group is a
 top-level module, so two files of one package never stand on both sides. Few given files may leave a
-part almost empty by chance: then they fill the parts in the order of their hashes. Every choice is made on
-validation. The test part serves bench.py alone.
+part almost empty by chance: then they fill the parts in the order of their hashes. Every choice is
+made on validation. The test part serves bench.py alone.
 
 Text on both sides makes every number look better than it is. `overlap` measures its share of the
 test part.
