@@ -150,6 +150,7 @@ def plot_foresight(results: dict[str, dict], path: Path) -> None:
         axis.plot([1e-4, 1], [1e-4, 1], "--", color="gray")
         for name, label in names.items():
             foreseen, true = np.array(result["foreseen"][name]["deciles"]).T
+            true[true == 0] = np.nan  # the axes are logarithmic
             axis.plot(foreseen, true, "o-", label=label if axis is axes[0, 0] else None)
         axis.set(title=title, xlabel="foreseen", xscale="log", yscale="log")
         axis.set(xlim=(1e-4, 1.2), ylim=(1e-4, 1.2))
