@@ -83,6 +83,7 @@ def test_intervals_hold_seeds_texts_and_timings():
         assert (high - low > 0.1) == (what != "timings")
 
 
+@pytest.mark.slow
 def test_one_command_measures_it_all_and_goes_on(tiny_run, tmp_path, call, monkeypatch):
     """On the tests' tiny run; the second time nothing is measured again."""
     monkeypatch.setattr("costs.SECONDS", 0.0)

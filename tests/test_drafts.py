@@ -485,6 +485,7 @@ def test_matching_one_sample_is_judging_siblings_with_one_hot_q(children):
 WRITTEN = 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("growing", [False, True], ids=["fixed", "growing"])
 @pytest.mark.parametrize(
     "sampling", [dict(temperature=1.0), dict(temperature=0.8, top_k=3)], ids=str

@@ -120,6 +120,7 @@ def test_greedy_text_is_the_targets_whatever_the_judge_says(target, trained, wid
     assert len(set(sizes)) > 2 and len(set(steps)) > 1 and max(sizes) > 0
 
 
+@pytest.mark.slow
 def test_sampled_text_has_the_targets_law_whatever_the_judge_says():
     target = tiny_target(seed=7, vocab=5, context=8, layers=1, width=8, spread=0.6)
     head = tiny_head("eagle", 1, target)

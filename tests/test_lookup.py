@@ -317,6 +317,7 @@ def test_a_copy_that_is_judged_as_drawn_from_q_is_seen():
     assert (law - rest_of(p)).abs().sum() / 2 > 0.01
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wrong", [False, True])
 def test_sampled_text_with_copies_has_the_targets_law(wrong, monkeypatch):
     """In the decoder itself; `wrong`: a copy is accepted whatever the target says."""

@@ -427,17 +427,20 @@ def sampled(target, head, samples: int, plan=None, **sampling) -> tuple[float, f
     return chi_square_p_value(counts, law), accepted / max(1, drafted)
 
 
+@pytest.mark.slow
 def test_sampled_text_without_a_head_has_the_targets_law(sampled_target):
     p_value, _ = sampled(sampled_target, None, 3000, temperature=1.0)
     assert p_value > FALSE_ALARM
 
 
+@pytest.mark.slow
 def test_sampled_text_has_the_targets_law(sampled_target, sampled_head):
     p_value, accepted = sampled(sampled_target, sampled_head, 20_000, temperature=1.0)
     assert 0.2 < accepted < 0.8
     assert p_value > FALSE_ALARM
 
 
+@pytest.mark.slow
 def test_sampled_text_has_the_law_that_top_k_and_top_p_leave(sampled_target, sampled_head):
     p_value, accepted = sampled(sampled_target, sampled_head, 1500, **CUT)
     assert 0.2 < accepted < 0.8
@@ -459,6 +462,7 @@ PARTIAL_PLANS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "plan, sampling",
     [
