@@ -18,7 +18,7 @@ import re
 import resource
 import statistics
 import sys
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -58,8 +58,14 @@ def cache_bytes(config, layers: int, dtype: torch.dtype) -> int:
     return 2 * layers * config.num_kv_heads * config.head_dim * dtype.itemsize
 
 
+def forget_peak() -> None:
+    """To load a checkpoint takes more memory than to decode: that is not asked for. Linux alone."""
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM to what is held now
+
+
 def most_resident() -> int:
-    """The most bytes of memory that this process ever held.
+    """The most bytes of memory that this process held, since `forget_peak` where there is /proc.
 
     On Linux `ru_maxrss` is no answer: a process inherits that of the one that started it.
     """
@@ -79,6 +85,7 @@ def peak_of(folder: Path, shape: HeadConfig | None, device: str, dtype: str, out
         None if shape is None else build_head(shape, target).to(weight.device, weight.dtype).eval()
     )
     prompt = list(range(min(PROMPT, target.config.context // 2)))
+    forget_peak()
     generate(target, prompt, NEW, head=head)
     cuda = weight.device.type == "cuda"
     out.put(torch.cuda.max_memory_allocated() if cuda else most_resident())
