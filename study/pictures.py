@@ -16,6 +16,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from matplotlib.colors import to_rgba
 from matplotlib.patches import FancyBboxPatch
 
 from drafts import GrowingTree
@@ -60,7 +61,7 @@ def box(axis, x: float, y: float, words: str, color, width=2.6, height=0.7, **mo
         width,
         height,
         boxstyle="round,pad=0.05",
-        facecolor=color,
+        facecolor=to_rgba(color, 0.6),  # words on it stay legible
         edgecolor="black",
         **more,
     )
@@ -244,7 +245,7 @@ def draw_joint(path: Path) -> None:
         box(axis, 1.5, 0, "target (frozen)", "lightgray", 2.6)
         box(axis, 5.9, 0, "head", HEAD, 2.6, **edge["head"])
         box(axis, 3.7, 2.6, "D: target's or head's?", JUDGE, 3.6, **edge["D"])
-        arrow(axis, (1.5, 0.4), (2.9, 2.2), "p")
+        arrow(axis, (1.5, 0.4), (2.9, 2.2), "p, $h^+$" if learns == "D" else "$h^+$")
         arrow(axis, (5.9, 0.4), (4.5, 2.2), "q")
         axis.set(xlim=(0, 7.6), ylim=(-0.9, 4.0))
     left.text(3.7, 3.4, r"$L_D = - E_p \log D - E_q \log(1 - D)$", ha="center", fontsize=12)
@@ -253,7 +254,7 @@ def draw_joint(path: Path) -> None:
     right.text(3.7, 3.4, loss, ha="center", fontsize=12)
     right.text(3.7, 1.8, "held fixed", ha="center", fontsize=11)
     arrow(right, (2.9, 0.0), (4.5, 0.0))
-    right.text(3.7, 0.2, "$L_{sup}$", ha="center", fontsize=12)
+    right.text(3.7, 0.2, "p: $L_{sup}$", ha="center", fontsize=12)
     figure.savefig(path)
     plt.close(figure)
 
