@@ -5,7 +5,7 @@ For each kind of head, with one, two and three layers:
 
     parameters        of the head alone, and as a share of the target's
     keys and values   bytes for each token of the text, beside the target's own; Medusa keeps none
-    peak memory       of a process that decodes 32 tokens, above that of one without a head
+    memory            that it holds while it decodes: weights, keys and values of a whole window
     training step     seconds of one joint step on a batch of the recipe, without D and with a
                       learnt one, medians; all kinds take turns
 
@@ -13,23 +13,16 @@ Nothing of it depends on what was learnt: the heads are untrained. `python -m st
 overhead.json to the run's folder.
 """
 
-import multiprocessing
-import re
-import resource
 import statistics
-import sys
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 
 import torch
 
-from draft_head import HeadConfig, build_head
-from plumbing.cli import UserError, option, parse, run
+from plumbing.cli import option, parse, run
 from plumbing.files import write_json
 from plumbing.machine import choose_autocast, describe_device, keep_heap, origin, synchronized_time
 from recipe import KOALA_WEIGHT
-from speculate import generate
 from study.ablation import AblationConfig, recipe_of
 from study.report import overhead_table
 from targets.features import Features, evenly
@@ -40,7 +33,6 @@ from train import new_training
 
 LAYERS = (1, 2, 3)
 KINDS = ("eagle", "medusa")
-PROMPT, NEW = 32, 32  # tokens of the text that is decoded for its memory
 
 
 @dataclass(frozen=True)
@@ -58,51 +50,13 @@ def cache_bytes(config, layers: int, dtype: torch.dtype) -> int:
     return 2 * layers * config.num_kv_heads * config.head_dim * dtype.itemsize
 
 
-def forget_peak() -> None:
-    """To load a checkpoint takes more memory than to decode: that is not asked for. Linux alone."""
-    with suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM to what is held now
+def held_bytes(module, cache_bytes: int, context: int, dtype: torch.dtype) -> int:
+    """Of its weights, and of the keys and values of a whole window; passes add little.
 
-
-def most_resident() -> int:
-    """The most bytes of memory that this process held, since `forget_peak` where there is /proc.
-
-    On Linux `ru_maxrss` is no answer: a process inherits that of the one that started it.
+    (A process's peak does not tell: it takes more to load a checkpoint.)
     """
-    status = Path("/proc/self/status")
-    if status.is_file():
-        return int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text())[1]) * 1024
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def peak_of(folder: Path, shape: HeadConfig | None, device: str, dtype: str, out) -> None:
-    """In a process of its own: puts the most bytes that decoding ever took into `out`."""
-    target, _, _ = load(folder, None, device, dtype)
-    weight = target.embed.weight
-    torch.manual_seed(0)
-    head = (
-        None if shape is None else build_head(shape, target).to(weight.device, weight.dtype).eval()
-    )
-    prompt = list(range(min(PROMPT, target.config.context // 2)))
-    forget_peak()
-    generate(target, prompt, NEW, head=head)
-    cuda = weight.device.type == "cuda"
-    out.put(torch.cuda.max_memory_allocated() if cuda else most_resident())
-
-
-def peak(*arguments) -> int:
-    """Bytes; see `peak_of`. Raises UserError where its process dies."""
-    context = multiprocessing.get_context("spawn")
-    out = context.Queue()
-    process = context.Process(target=peak_of, args=(*arguments, out))
-    process.start()
-    process.join()  # one number fits into the queue's pipe: nobody has to wait for it
-    if process.exitcode:
-        raise UserError(
-            "a process that decoded for its memory has died: is there too little of it?"
-        )
-    return out.get()
+    weights = sum(weight.numel() for weight in module.parameters())
+    return weights * dtype.itemsize + context * cache_bytes
 
 
 def trainings(recipe, target, autocast, windows: torch.Tensor) -> dict:
@@ -150,8 +104,7 @@ def main() -> None:
 
     of_target = sum(weight.numel() for weight in target.parameters())
     own_bytes = cache_bytes(target.config, target.config.num_layers, dtype)
-    where = folder, config.device, config.dtype
-    alone, rows = peak(folder, None, *where[1:]), []
+    context, rows = target.config.context, []
     for kind in KINDS:
         for layers in LAYERS:
             head = ready[kind, layers, False][0].head
@@ -162,7 +115,7 @@ def main() -> None:
                     "layers": layers,
                     "parameters": sum(weight.numel() for weight in head.parameters()),
                     "cache_bytes": kept,
-                    "peak_bytes": peak(folder, head.config, *where[1:]) - alone,
+                    "held_bytes": held_bytes(head, kept, context, dtype),
                     "step": seconds[kind, layers, False],
                     "step_with_d": seconds[kind, layers, True],
                 }
@@ -171,7 +124,11 @@ def main() -> None:
         "device": describe_device(device),
         "dtypes": [str(d).removeprefix("torch.") for d in (dtype, autocast.dtype)],
         "config": asdict(config),
-        "target": {"parameters": of_target, "cache_bytes": own_bytes, "peak_bytes": alone},
+        "target": {
+            "parameters": of_target,
+            "cache_bytes": own_bytes,
+            "held_bytes": held_bytes(target, own_bytes, context, dtype),
+        },
         "batch_tokens": windows[:, :-1].numel(),
         "overhead": rows,
     }

@@ -143,13 +143,13 @@ def overhead_table(result: dict) -> str:
     for row in result["overhead"]:
         share = row["parameters"] / target["parameters"]
         cells = [row["kind"], row["layers"], f"{row['parameters'] / 1e6:.2f} M ({share:.1%})"]
-        cells += [f"{row['cache_bytes'] / 1e3:.2f} kB", f"+ {row['peak_bytes'] / 1e6:.0f} MB"]
+        cells += [f"{row['cache_bytes'] / 1e3:.2f} kB", f"{row['held_bytes'] / 1e6:.1f} MB"]
         cells += [f"{row['step']:.2f} s", f"{row['step_with_d']:.2f} s"]
         rows.append(cells)
     cells = ["the target", "", f"{target['parameters'] / 1e6:.1f} M"]
-    cells += [f"{target['cache_bytes'] / 1e3:.2f} kB", f"{target['peak_bytes'] / 1e6:.0f} MB"]
+    cells += [f"{target['cache_bytes'] / 1e3:.2f} kB", f"{target['held_bytes'] / 1e6:.1f} MB"]
     rows.append([*cells, "", ""])
-    header = "head | K | parameters (of the target's) | keys and values of a token | peak memory"
+    header = "head | K | parameters (of the target's) | keys and values of a token | memory"
     return table(f"{header} | training step without D | with a learnt D", rows)
 
 

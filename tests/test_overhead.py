@@ -3,19 +3,17 @@
 import json
 import shutil
 
-import pytest
 import torch
 
-from plumbing.cli import UserError
+from draft_head import HeadConfig, build_head
 from study import overhead
 from study.overhead import LAYERS, cache_bytes, step_seconds
 from study.report import overhead_table
 from targets.loading import load
 
 
-def test_what_layers_cost_is_measured_in_one_command(tiny_run, tmp_path, call, monkeypatch):
+def test_what_layers_cost_is_measured_in_one_command(tiny_run, tmp_path, call):
     run = shutil.copytree(tiny_run.folder, tmp_path / "run")
-    monkeypatch.setattr(overhead, "peak", lambda folder, shape, *how: shape.layers if shape else 0)
     argv = ["--out_dir", run, "--steps", 1, "--device", "cpu", "--dtype", "float32"]
     status, out, err = call(overhead.main, *argv)
     assert (status, err) == (0, "")
@@ -28,7 +26,10 @@ def test_what_layers_cost_is_measured_in_one_command(tiny_run, tmp_path, call, m
         row = rows["eagle", layers]
         assert row["parameters"] == sum(w.numel() for w in head.parameters()) + (layers - 1) * layer
         shape = target.config.num_kv_heads * target.config.head_dim
-        assert row["cache_bytes"] == layers * 2 * shape * 4 and row["peak_bytes"] == layers
+        assert row["cache_bytes"] == layers * 2 * shape * 4
+        cache = build_head(HeadConfig("eagle", layers), target).start(target.config.context).cache
+        held = sum(t.numel() * t.element_size() for t in (cache.keys, cache.values))
+        assert row["held_bytes"] == 4 * row["parameters"] + held
         assert rows["medusa", layers]["cache_bytes"] == 0
         assert row["step"] > 0 and row["step_with_d"] > 0
     assert overhead_table(result) in out
@@ -39,19 +40,6 @@ def test_a_cache_takes_what_is_reckoned(tiny_run):
     cache = target.new_cache(10)
     held = sum(t.numel() * t.element_size() for t in (cache.keys, cache.values))
     assert 10 * cache_bytes(target.config, target.config.num_layers, torch.float32) == held
-
-
-def test_the_peak_is_that_of_a_process_of_its_own(tiny_run):
-    """A process inherits the `ru_maxrss` of the one that started it."""
-    large = torch.ones(250_000_000)  # 1 GB
-    del large
-    shape = load(tiny_run.folder, "eagle", "cpu", "float32")[1].config
-    assert 50e6 < overhead.peak(tiny_run.folder, shape, "cpu", "float32") < 900e6
-
-
-def test_a_process_that_dies_is_told(tmp_path):
-    with pytest.raises(UserError, match="a process that decoded for its memory has died"):
-        overhead.peak(tmp_path, None, "cpu", "float32")  # there is no run
 
 
 def test_the_first_step_is_not_counted_and_all_take_turns(monkeypatch):
