@@ -57,12 +57,17 @@ def with_interval(value: float, interval: list[float], digits: int = 2, unit: st
     return f"{value:.{digits}f}{unit} [{low:.{digits}f}, {high:.{digits}f}]"
 
 
+def size_name(gamma: int, nodes: int) -> str:
+    """A draft's size, as short as a table wants it."""
+    return f"tree of {nodes}, {gamma} deep" if nodes else f"chain of {gamma}"
+
+
 def draft_name(method: dict) -> str:
     gamma, nodes, match = method["gamma"], method["nodes"], method.get("lookup", 0)
     copies = f"copies where {match} match" if match else ""
     if method["head"] == "lookup":
         return f"{copies}, of {gamma}"
-    size = f"tree of {nodes}, {gamma} deep" if nodes else f"chain of {gamma}"
+    size = size_name(gamma, nodes)
     size += " (chosen)" if method["chosen"] else ""
     return f"{copies}, else {size}" if match else size
 
@@ -95,8 +100,7 @@ def foresight_table(result: dict) -> str:
         f = valid[name]
         shape = ", width {}, patience {}".format(*f["shape"]) if "shape" in f else ""
         row = [name + shape, f"{told[name]['bce']:.3f}" if name in told else "", f"{f['tau']:.2f}"]
-        size = "chain of {0}" if f.get("size", [0, 0])[1] == 0 else "tree of {1}, {0} deep"
-        row += [size.format(*f["size"]) if "size" in f else f"{f['nodes']:.1f}, {f['steps']:.1f}"]
+        row += [size_name(*f["size"]) if "size" in f else f"{f['nodes']:.1f}, {f['steps']:.1f}"]
         row += [f"{f['speed']:.2f}x", f"{f['share']:.0%}"]
         if test and name in test["heads"]:
             figures = test["heads"][name]
@@ -112,29 +116,20 @@ def foresight_table(result: dict) -> str:
 def depth_table(result: dict) -> str:
     """Where K layers pay, by the depth of a padded target: a run of study/depth.py."""
     found = {(row["kind"], row["depth"], row["more"]): row["heads"] for row in result["table"]}
-    rows = []
+    rows, besides = [], sorted({more for _, _, more in found})  # what a draft step costs more
     for (kind, depth, more), heads in found.items():
         if more:
             continue
         for layers, f in heads.items():
-            gamma, nodes = f["size"]
-            size = f"tree of {nodes}, {gamma} deep" if nodes else f"chain of {gamma}"
-            row = [kind, depth, layers, size, f"{f['tau']:.2f}"]
+            row = [kind, depth, layers, size_name(*f["size"]), f"{f['tau']:.2f}"]
             row += [f"{f['verify']:.2f} + {f['draft']:.2f}"]
             row += [with_interval(f["speed"], f["speed_interval"], unit="x")]
-            each = [found[kind, depth, m][layers] for m in result_more(result)]
+            each = [found[kind, depth, other][layers] for other in besides]
             row += [with_interval(f["net"], f["net_interval"], 3) for f in each]
             rows.append(row)
     header = "decoding | target's layers (padded) | K | its draft | tau | c_verify + c_draft | "
-    nets = [
-        f"net speed, {m:g} more a draft step" if m else "net speed" for m in result_more(result)
-    ]
+    nets = [f"net speed, {m:g} more a draft step" if m else "net speed" for m in besides]
     return table(" | ".join([header + "speed", *nets]), rows)
-
-
-def result_more(result: dict) -> list[float]:
-    """The plain steps that a draft step was made to cost besides."""
-    return sorted({row["more"] for row in result["table"]})
 
 
 def overhead_table(result: dict) -> str:

@@ -189,7 +189,6 @@ def sizes(splits: dict[str, list[Document]]) -> dict[str, int]:
 
 def load_documents(paths: list[str] | None, packages=()) -> dict[str, list[Document]]:
     """Each split's documents: from `paths`, else from the standard library and `packages`."""
-
     documents = read_paths(paths) if paths else standard_library() + installed_packages(packages)
     documents = [document for document in documents if document.text.strip()]
     splits = by_hash(documents)
