@@ -438,8 +438,8 @@ def main() -> None:
         else:
             known_by |= {"text": text.description["hash"]}
             amounts = config.target_tokens, config.batch_tokens, config.target_lr
-            how = config.optimizer, config.seed, known_by, autocast
-            anew = partial(train_target, path, text, config.gpt(), *amounts, *how)
+            how = config.seed, *amounts, config.optimizer, known_by, autocast
+            anew = partial(train_target, path, text, config.gpt(), *how)
             make = partial(copy_target, path) if config.preset == "lab" else anew
         get_target(path, known_by, make, text)
         if config.heads:

@@ -33,7 +33,7 @@ from study.plots import plot_games
 from study.report import JUDGED, ablation_table
 from targets.loading import WHICH_RUN, find_run, name_of, results_folder, target_file
 from targets.runs import load_target, settings_of, trained_heads
-from targets.text import packages_for, read_text
+from targets.text import Text, packages_for, read_text
 from train import head_data, train_head
 
 ORIGINAL = dict(layers=1, adversarial_weight=0.0)
@@ -155,6 +155,14 @@ def cell_config(recipe: TrainConfig, folder: Path, cell: str, seed: int, target)
     return replace(recipe, **flags, head=name, seed=seed, out_dir=str(folder)).of_head(cell)
 
 
+def text_of(recipe: TrainConfig, path: Path, checkpoint: dict) -> Text:
+    """The text of a run, in the tokens of its target at `path`."""
+    text = read_text(recipe.data, packages_for(recipe.target_vocab))
+    text.expect(settings_of(path, checkpoint).get("text", text.description["hash"]))
+    text.use(checkpoint["tokenizer"])
+    return text
+
+
 def train_cells(config: AblationConfig, run_folder: Path, name: str) -> tuple:
     """Train those heads that the run's results do not have yet, beside its target.
 
@@ -164,11 +172,8 @@ def train_cells(config: AblationConfig, run_folder: Path, name: str) -> tuple:
     target, checkpoint = load_target(path, device)
     recipe = recipe_of(config, run_folder, settings_of(path, checkpoint))
     print(f"run {name_of(run_folder)}, its own recipe: {recipe.head_tokens:,} tokens a head")
-    autocast, text, data = choose_autocast(recipe.dtype, device), None, {}
-    if recipe.needs_text:
-        text = read_text(recipe.data, packages_for(recipe.target_vocab))
-        text.expect(settings_of(path, checkpoint).get("text", text.description["hash"]))
-        text.use(checkpoint["tokenizer"])
+    autocast, data = choose_autocast(recipe.dtype, device), {}
+    text = text_of(recipe, path, checkpoint) if recipe.needs_text else None
     folder = recipe.folder / name
     folder.mkdir(parents=True, exist_ok=True)
     for cell in config.cells or CELLS:

@@ -18,8 +18,11 @@ with 0.1 and 0.3 plain steps more for each draft step, and every K chooses anew.
 
 The interval holds seeds, texts and rounds of timing together: all are drawn anew (bootstrap).
 
-`python -m study.depth` does it all, and goes on where it was interrupted: heads, taus and costs lie
-in the run's folder, under depth/.
+Beside it stand one layer with the parameters of two (`wide`), and targets whose depth is real
+(study/deeper.py), each with its own texts and heads.
+
+`python -m study.depth` does it all, and goes on where it was interrupted: targets, heads, taus and
+costs lie in the run's folder, under depth/.
 """
 
 import json
@@ -34,24 +37,26 @@ from costs import kind_of, reckon, size_costs
 from draft_head import build_head
 from drafts import plan_draft
 from model import GPT
-from plumbing.cli import option, parse, run
+from plumbing.cli import UserError, option, parse, run
 from plumbing.files import write_json
 from plumbing.machine import describe_device, keep_heap, origin
 from speculate import generate
 from study.ablation import AblationConfig, train_cells
+from study.deeper import real_targets
 from study.plots import plot_depth
 from study.replay import Follower, PlainText, replay
 from study.report import depth_table
 from study.sizes import Texts, plain_texts
 from study.statistics import DRAWS, percentiles
-from targets.loading import WHICH_RUN, find_run, load
+from targets.loading import WHICH_RUN, find_run, load, results_folder
 from targets.runs import load_head
 
-CELLS = {1: "eagle-original", 2: "eagle-k2", 3: "eagle-k3"}
+CELLS = {"1": "eagle-original", "2": "eagle-k2", "3": "eagle-k3"}  # by K
+WIDE = {"wide": "eagle-wide"}
 CHAINS = [(gamma, 0) for gamma in range(1, 11)]
 TREES = [(3, 8), (4, 8), (4, 16), (6, 16), (6, 24), (8, 24)]  # depth, nodes
 SIZES = CHAINS + TREES
-DEPTHS = (16, 32, 64, 128)
+TIMES = (1, 2, 4, 8)  # its own layers a small target is padded to
 ROUNDS = 5  # of timing, at each depth
 MORE = (0.0, 0.1, 0.3)  # plain steps that a draft step costs besides
 
@@ -64,13 +69,14 @@ class DepthConfig:
     test_texts: int = option(100, "loop-free texts of each kind that judge", least=2)
     valid_texts: int = option(30, "that the sizes of drafts are chosen on", least=2)
     max_new_tokens: int = option(128, "tokens of each text", least=16)
-    depths: tuple[int, ...] = option(
-        DEPTHS, "layers that the target is padded to", nargs="+", type=int
+    depths: tuple[int, ...] | None = option(
+        None,
+        "layers that the target is padded to; default: 1, 2, 4 and 8 times its own, of a "
+        "pretrained one its own alone",
+        nargs="+",
+        type=int,
     )
-    check: tuple[int, ...] = option(
-        (32, 128), "depths at which it is decoded as well", nargs="*", type=int
-    )
-    check_texts: int = option(8, "texts decoded there", least=1)
+    check_texts: int = option(8, "texts that are decoded at each depth, as a check", least=1)
     device: str = option("auto", "auto, cpu or cuda")
     dtype: str = option("auto", "to decode in", choices=["auto", "float32", "bfloat16"])
 
@@ -184,7 +190,7 @@ def reckoned(valid: dict, test: dict, costs: dict, more: float, seed: int = 0) -
     """
     rows, generator = {}, np.random.default_rng(seed)
     size = {k: int(speeds(valid[k], costs[k], more).argmax()) for k in valid}
-    seeds, texts = test[1].shape[:2]
+    seeds, texts = test["1"].shape[:2]
     draws = {k: [] for k in test}
     for _ in range(DRAWS):
         s, t = generator.integers(seeds, size=seeds), generator.integers(texts, size=texts)
@@ -200,40 +206,41 @@ def reckoned(valid: dict, test: dict, costs: dict, more: float, seed: int = 0) -
         speed, tau = speeds(test[k], costs[k], more)[size[k]], taus(test[k])[size[k]]
         rows[k] = {"size": SIZES[size[k]], "tau": tau, "verify": verify, "draft": draft}
         rows[k] |= {"speed": speed, "speed_interval": percentiles(draws[k][:, 1])}
-        rows[k]["net"] = speed / speeds(test[1], costs[1], more)[size[1]]
-        rows[k]["net_interval"] = percentiles(draws[k][:, 1] / draws[1][:, 1])
+        rows[k]["net"] = speed / speeds(test["1"], costs["1"], more)[size["1"]]
+        rows[k]["net_interval"] = percentiles(draws[k][:, 1] / draws["1"][:, 1])
     return rows
 
 
 def tau_ratios(test: dict, seed: int = 0) -> dict:
     """tau of K layers over that of one, at each size, with intervals over seeds and texts."""
-    generator, (seeds, texts) = np.random.default_rng(seed), test[1].shape[:2]
+    generator, (seeds, texts) = np.random.default_rng(seed), test["1"].shape[:2]
     draws = []
     for _ in range(DRAWS):
         s, t = generator.integers(seeds, size=seeds), generator.integers(texts, size=texts)
         draws.append({k: taus(counts[s][:, t]) for k, counts in test.items()})
     return {
         k: [
-            [float(ratio), *percentiles(np.array([d[k][i] / d[1][i] for d in draws]))]
-            for i, ratio in enumerate(taus(test[k]) / taus(test[1]))
+            [float(ratio), *percentiles(np.array([d[k][i] / d["1"][i] for d in draws]))]
+            for i, ratio in enumerate(taus(test[k]) / taus(test["1"]))
         ]
         for k in test
-        if k > 1
+        if k != "1"
     }
 
 
-def main() -> None:
-    config = parse(DepthConfig, about=__doc__)
-    keep_heap()
-    begin, run_folder = time.monotonic(), find_run(config.out_dir, needs_head=False)
+def measured(config: DepthConfig, run_folder: Path, cells: dict) -> dict:
+    """Heads of these cells {K: cell} beside a run's target: counts, costs, and what follows."""
     shared = dict(head_tokens=config.head_tokens, device=config.device)
-    asked = AblationConfig(cells=[*CELLS.values()], seeds=[*config.seeds], **shared)
+    asked = AblationConfig(cells=[*cells.values()], seeds=[*config.seeds], **shared)
     _, folder, fingerprint = train_cells(asked, run_folder, "depth")
     target, _, encoding = load(run_folder, None, config.device, config.dtype)
-    device, dtype = target.embed.weight.device, target.embed.weight.dtype
+    layers = len(target.blocks)
+    depths = config.depths or [layers * n for n in (TIMES if "wide" in cells else (1,))]
+    if min(depths) < layers:
+        raise UserError(f"--depths {min(depths)}: the target has {layers} layers of its own")
 
-    def head_of(k: int, seed: int):
-        return load_head(folder / f"{CELLS[k]}-seed{seed}.pt", target, fingerprint)
+    def head_of(k: str, seed: int):
+        return load_head(folder / f"{cells[k]}-seed{seed}.pt", target, fingerprint)
 
     # tau.
     loaded, counts = (run_folder, target, encoding), {}
@@ -242,7 +249,7 @@ def main() -> None:
             kind = f"{kind_of(temperature)}-{split}"
             texts, sampler = texts_of(config, split, temperature, folder, *loaded)
             counts[kind] = {}
-            for k, cell in CELLS.items():
+            for k, cell in cells.items():
                 rows = []
                 for seed in config.seeds:
                     where = folder / f"taus-{cell}-seed{seed}-{kind}.json"
@@ -253,44 +260,57 @@ def main() -> None:
     # Costs, and some decoding to check them by.
     costs, checks = {}, {}
     texts, _ = texts_of(config, "test", 0.0, folder, *loaded)
-    for depth in config.depths:
+    for depth in depths:
         deep = padded(target, depth)
-        heads = {k: beside(head_of(k, config.seeds[0]), deep) for k in CELLS}
+        heads = {k: beside(head_of(k, config.seeds[0]), deep) for k in cells}
         found = kept(folder / f"costs-{depth}.json", timed, deep, heads)
-        costs[depth] = {int(k): np.array(rounds) for k, rounds in found.items()}
+        costs[str(depth)] = {k: np.array(rounds) for k, rounds in found.items()}
         print(f"costs at {depth} layers", flush=True)
-        if depth in config.check:
-            rows = reckoned(counts["greedy-valid"], counts["greedy-test"], costs[depth], 0.0)
-            asked = deep, heads, rows, texts[: config.check_texts]
-            checks[depth] = kept(folder / f"decoded-{depth}.json", decoded, *asked)
-            print(f"decoded at {depth} layers: {checks[depth]}", flush=True)
-
-    result = origin() | {
-        "device": describe_device(device),
-        "dtype": str(dtype).removeprefix("torch."),
-        "config": asdict(config),
-        "sizes": SIZES,
+        rows = reckoned(counts["greedy-valid"], counts["greedy-test"], costs[str(depth)], 0.0)
+        decode = deep, heads, rows, texts[: config.check_texts]
+        checks[str(depth)] = kept(folder / f"decoded-{depth}.json", decoded, *decode)
+        print(f"decoded at {depth} layers: {checks[str(depth)]}", flush=True)
+    kinds = ("greedy", "sampled")
+    return {
+        "layers": layers,
+        "device": describe_device(target.embed.weight.device),
+        "dtype": str(target.embed.weight.dtype).removeprefix("torch."),
         "counts": {kind: {k: v.tolist() for k, v in rows.items()} for kind, rows in counts.items()},
         "costs": {d: {k: v.tolist() for k, v in rows.items()} for d, rows in costs.items()},
         "decoded": checks,
-        "tau_ratios": {kind: tau_ratios(counts[f"{kind}-test"]) for kind in ("greedy", "sampled")},
+        "tau_ratios": {kind: tau_ratios(counts[f"{kind}-test"]) for kind in kinds},
         "table": [
-            {"kind": kind, "depth": depth, "more": more, "heads": rows}
-            for kind in ("greedy", "sampled")
+            {"kind": kind, "depth": int(depth), "more": more, "heads": rows}
+            for kind in kinds
             for more in MORE
-            for depth in config.depths
-            for rows in [
-                reckoned(counts[f"{kind}-valid"], counts[f"{kind}-test"], costs[depth], more)
-            ]
+            for depth, cost in costs.items()
+            for rows in [reckoned(counts[f"{kind}-valid"], counts[f"{kind}-test"], cost, more)]
         ],
     }
-    write_json(folder / "depth.json", result)
-    result = json.loads((folder / "depth.json").read_text("utf-8"))
+
+
+def main() -> None:
+    config = parse(DepthConfig, about=__doc__)
+    keep_heap()
+    begin, run_folder = time.monotonic(), find_run(config.out_dir, needs_head=False)
+    folder = results_folder(run_folder) / "depth"
+    made = real_targets, run_folder, folder, config.device, config.dtype
+    real = kept(folder / "real.json", *made)
+    for name, value in real["bits"].items():
+        print(f"{name}: {value:.3f} bits per byte", flush=True)
+    cells = CELLS | (WIDE if real["runs"] else {})  # of a small target
+    result = {"config": asdict(config), "sizes": SIZES, "bits": real["bits"]}
+    result |= measured(config, run_folder, cells)
+    half = dict(seeds=config.seeds[:2], head_tokens=config.head_tokens // 2)
+    half |= dict(test_texts=max(2, config.test_texts // 2), depths=None)
+    result["real"] = {
+        layers: measured(replace(config, **half), folder / name, CELLS)
+        for layers, name in real["runs"].items()
+    }
+    write_json(folder / "depth.json", origin() | result)
     plot_depth(result, folder / "depth.png")
-    print(f"\n{depth_table(result)}\n")
-    print(
-        f"written: {folder / 'depth.json'}, depth.png in {(time.monotonic() - begin) / 60:.1f} min"
-    )
+    minutes = (time.monotonic() - begin) / 60
+    print(f"\n{depth_table(result)}\n\nwritten: {folder}/depth.json, .png in {minutes:.1f} min")
 
 
 if __name__ == "__main__":

@@ -164,29 +164,38 @@ def plot_foresight(results: dict[str, dict], path: Path) -> None:
 
 @plt.rc_context(STYLE)
 def plot_depth(result: dict, path: Path) -> None:
-    """Net speed of K layers against one, by the depth of a padded target, each with its own draft.
+    """Net speed of K layers against one, by the target's depth, each K with its own draft.
 
-    Dashed: where each draft step costs the most besides its layers.
+    Lines: a padded target; dashed, where each draft step costs the most besides its layers.
+    Diamonds: targets whose depth is real.
     """
     kinds = list(dict.fromkeys(row["kind"] for row in result["table"]))
-    most = max(row["more"] for row in result["table"])
+    most, real = max(row["more"] for row in result["table"]), result["real"].values()
     figure, axes = plt.subplots(1, len(kinds), figsize=(10, 4.6), sharey=True, squeeze=False)
+
+    def draw(axis, table: list, layers: str, more: float, line: str, color: str, label: str):
+        rows = [row for row in table if (row["kind"], row["more"]) == (kind, more)]
+        depths, found = [row["depth"] for row in rows], [row["heads"][layers] for row in rows]
+        net = np.array([f["net"] for f in found])
+        low, high = np.abs(np.array([f["net_interval"] for f in found]).T - net)
+        label = label if axis is axes[0, 0] else None
+        axis.errorbar(depths, net, (low, high), fmt=line, capsize=4, color=color, label=label)
+        return depths
+
     for axis, kind in zip(axes[0], kinds):
+        ticks = set()
         for color, layers in (("teal", "2"), ("mediumvioletred", "3")):
-            for more, line in ((0.0, "o-"), (most, "s--")):
-                rows = [r for r in result["table"] if (r["kind"], r["more"]) == (kind, more)]
-                depths, found = [r["depth"] for r in rows], [r["heads"][layers] for r in rows]
-                net = np.array([f["net"] for f in found])
-                low, high = np.abs(np.array([f["net_interval"] for f in found]).T - net)
-                label = f"K = {layers}" + (f", a draft step costs {more:g} more" if more else "")
-                label = label if axis is axes[0, 0] else None
-                axis.errorbar(
-                    depths, net, (low, high), fmt=line, capsize=4, color=color, label=label
-                )
+            name = f"K = {layers}"
+            ticks.update(draw(axis, result["table"], layers, 0.0, "o-", color, name))
+            dear = f"{name}, a draft step costs {most:g} more"
+            draw(axis, result["table"], layers, most, "s--", color, dear)
+            rows = [row for part in real for row in part["table"]]
+            if rows:
+                ticks.update(draw(axis, rows, layers, 0.0, "D", color, f"{name}, real depth"))
         axis.axhline(1.0, color="gray", linestyle="--")
         axis.axhline(REPORTED, color="gray", linestyle=":")
-        axis.set(title=kind, xlabel="layers of the target (padded)", xscale="log")
-        axis.set_xticks(depths, [str(depth) for depth in depths])
+        axis.set(title=kind, xlabel="layers of the target", xscale="log")
+        axis.set_xticks(sorted(ticks), [str(depth) for depth in sorted(ticks)])
         axis.minorticks_off()
     axes[0, 0].set_ylabel("speed against one layer (bar: 95 %)")
     axes[0, 0].plot([], [], ":", color="gray", label="the least gain that KOALA reports")

@@ -96,12 +96,13 @@ def foresight_table(result: dict) -> str:
     """What foreseeing acceptance brings: a run of study/foresight.py."""
     told, valid, rows = result["foreseen"], result["validation"], []
     test = result.get("test", {}).get("figures")
+    gains = valid["oracle of 4"]["speed"] > valid["best"]["speed"]  # has it anything to share?
     for name in ("best", "q", "logistic", "judge", "oracle of 1", "oracle of 4"):
         f = valid[name]
         shape = ", width {}, patience {}".format(*f["shape"]) if "shape" in f else ""
         row = [name + shape, f"{told[name]['bce']:.3f}" if name in told else "", f"{f['tau']:.2f}"]
         row += [size_name(*f["size"]) if "size" in f else f"{f['nodes']:.1f}, {f['steps']:.1f}"]
-        row += [f"{f['speed']:.2f}x", f"{f['share']:.0%}"]
+        row += [f"{f['speed']:.2f}x", f"{f['share']:.0%}" * gains]
         if test and name in test["heads"]:
             figures = test["heads"][name]
             row += [with_interval(figures["tau"], figures["tau_interval"])]
@@ -114,22 +115,26 @@ def foresight_table(result: dict) -> str:
 
 
 def depth_table(result: dict) -> str:
-    """Where K layers pay, by the depth of a padded target: a run of study/depth.py."""
-    found = {(row["kind"], row["depth"], row["more"]): row["heads"] for row in result["table"]}
-    rows, besides = [], sorted({more for _, _, more in found})  # what a draft step costs more
-    for (kind, depth, more), heads in found.items():
-        if more:
-            continue
-        for layers, f in heads.items():
-            row = [kind, depth, layers, size_name(*f["size"]), f"{f['tau']:.2f}"]
-            row += [f"{f['verify']:.2f} + {f['draft']:.2f}"]
-            row += [with_interval(f["speed"], f["speed_interval"], unit="x")]
-            each = [found[kind, depth, other][layers] for other in besides]
-            row += [with_interval(f["net"], f["net_interval"], 3) for f in each]
-            rows.append(row)
-    header = "decoding | target's layers (padded) | K | its draft | tau | c_verify + c_draft | "
+    """Where K layers pay, by the target's depth: a run of study/depth.py."""
+    rows, besides = [], sorted({row["more"] for row in result["table"]})
+    for part in [result, *result["real"].values()]:
+        found = {(row["kind"], row["depth"], row["more"]): row["heads"] for row in part["table"]}
+        for (kind, depth, more), heads in found.items():
+            if more:
+                continue
+            shown = f"{depth}" if depth == part["layers"] else f"{depth}, padded"
+            for layers, f in heads.items():
+                row = [kind, shown, layers, size_name(*f["size"]), f"{f['tau']:.2f}"]
+                row += [f"{f['verify']:.2f} + {f['draft']:.2f}"]
+                row += [with_interval(f["speed"], f["speed_interval"], unit="x")]
+                check = part["decoded"][str(depth)][layers]  # greedy
+                row += [f"{check['speedup'] / check['predicted']:.2f}" * (kind == "greedy")]
+                each = [found[kind, depth, other][layers] for other in besides]
+                row += [with_interval(f["net"], f["net_interval"], 3) for f in each]
+                rows.append(row)
+    header = "decoding | target's layers | K | its draft | tau | c_verify + c_draft | "
     nets = [f"net speed, {m:g} more a draft step" if m else "net speed" for m in besides]
-    return table(" | ".join([header + "speed", *nets]), rows)
+    return table(" | ".join([header + "speed | decoded / predicted", *nets]), rows)
 
 
 def overhead_table(result: dict) -> str:

@@ -49,31 +49,40 @@ def bits_per_byte(target: GPT, windows: Tensor, byte_counts: Tensor, autocast) -
     return nats / math.log(2) / byte_counts[windows[:, 1:]].sum().item()
 
 
-def train_target(
-    path: Path,
-    text: Text,
-    shape: GPTConfig,
-    tokens: int,
-    batch_tokens: int,
-    learning_rate: float,
-    optimizer: str,
-    seed: int,
-    known_by: dict,
-    autocast,
-) -> None:
+def train_target(path: Path, text: Text, shape: GPTConfig, seed: int, *how) -> None:
     """Learn the tokenizer and the target, and write the target to `path`.
 
     `shape` has the vocabulary size to learn. The vocabulary is smaller where the text has no more
-    pairs to merge. `optimizer`: auto, muon or adamw. `known_by`: the settings for the record.
+    pairs to merge. `how`: the arguments of `fit_target` after `seed`.
     """
     start, documents = time.monotonic(), text.documents["train"]
     text.use(learn_tokenizer([document.text for document in documents], shape.vocab_size))
     print(f"tokenizer: {text.encoding.n_vocab} tokens learnt in {time.monotonic() - start:.0f} s")
-    device, context = autocast.device, shape.context
+    torch.manual_seed(seed)
+    target = GPT(replace(shape, vocab_size=text.encoding.n_vocab))
+    fit_target(path, text, target, seed, *how)
+
+
+def fit_target(
+    path: Path,
+    text: Text,
+    target: GPT,
+    seed: int,
+    tokens: int,
+    batch_tokens: int,
+    learning_rate: float,
+    optimizer: str,
+    known_by: dict,
+    autocast,
+) -> None:
+    """Train a target on the text, in the tokens that it uses, and write it to `path`.
+
+    `optimizer`: auto, muon or adamw. `known_by`: the settings for the record.
+    """
+    device, context = autocast.device, target.config.context
     # The labels are the tokens one place later.
     windows, held_out = (text.windows(split, context + 1) for split in ("train", "valid"))
-    torch.manual_seed(seed)
-    target = GPT(replace(shape, vocab_size=text.encoding.n_vocab)).to(device)
+    target = target.to(device)
     per_step = max(1, batch_tokens // context)
     steps = max(1, tokens // (per_step * context))
     if optimizer == "auto":  # Muon computes in bfloat16, and is worth some time

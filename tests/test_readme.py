@@ -105,9 +105,9 @@ def reckoned_by_depth(result: dict, kind: str, depth: int, more: float) -> dict:
     """A row of the table of study/depth.py, from the counts and costs in it."""
     parts = [result["counts"][f"{kind}-{split}"] for split in ("valid", "test")]
     parts += [result["costs"][str(depth)]]
-    arrays = [{int(k): np.array(values) for k, values in part.items()} for part in parts]
+    arrays = [{k: np.array(values) for k, values in part.items()} for part in parts]
     rows = depth_study.reckoned(*arrays, more)
-    return {str(k): row | {"size": list(row["size"])} for k, row in rows.items()}
+    return {k: row | {"size": list(row["size"])} for k, row in rows.items()}
 
 
 def test_results_hold_every_sample_behind_their_figures():
@@ -119,11 +119,10 @@ def test_results_hold_every_sample_behind_their_figures():
             assert_same(compared(heads), result["cells"])
             continue
         if "table" in result:  # study/depth.py
-            again = [
-                reckoned_by_depth(result, row["kind"], row["depth"], row["more"])
-                for row in result["table"]
-            ]
-            assert_same(again, [row["heads"] for row in result["table"]])
+            for part in [result, *result["real"].values()]:
+                for row in part["table"]:
+                    again = reckoned_by_depth(part, row["kind"], row["depth"], row["more"])
+                    assert_same(again, row["heads"])
             continue
         if "foreseen" in result and "test" not in result:
             continue
