@@ -31,24 +31,22 @@ ON_RATE = 1e-3  # their peak learning rate: a quarter of that from scratch
 def with_layers(target: GPT, layers: list[int]) -> GPT:
     """A trainable target of these layers of another, counted from 0, in this order."""
     deep = GPT(replace(target.config, num_layers=len(layers)))
-    deep.load_state_dict(target.state_dict(), strict=False)  # all but the layers' weights
+    deep.load_state_dict(target.state_dict(), strict=False)  # but for the layers, below
     for block, layer in zip(deep.blocks, layers):
         block.load_state_dict(target.blocks[layer].state_dict())
     return deep.to(target.embed.weight.device)
 
 
-def real_targets(run_folder, folder, device: str, dtype: str) -> dict:
+def real_targets(run_folder, folder, device: str) -> dict:
     """{"runs": {layers: name of the run in `folder` with that target}, "bits": per byte, of all}.
 
-    Trained where they are not there yet; none where the run's own target is a pretrained one.
+    Trained where they are not there yet, as heads are: in the faster dtype.
     """
     path, where = target_file(run_folder), choose_device(device)
     target, checkpoint = load_target(path, where)
-    known = settings_of(path, checkpoint)
-    if "source" in known:
-        return {"runs": {}, "bits": {}}
-    recipe = recipe_of(AblationConfig(device=device, dtype=dtype), run_folder, known)
-    text, autocast = text_of(recipe, path, checkpoint), choose_autocast(dtype, where)
+    asked = AblationConfig(device=device)
+    recipe = recipe_of(asked, run_folder, settings_of(path, checkpoint))
+    text, autocast = text_of(recipe, path, checkpoint), choose_autocast(recipe.dtype, where)
     count = len(target.blocks)
     settings = target_settings(recipe) | {"text": text.description["hash"]}
     held_out = text.windows("valid", target.config.context + 1).long().to(where)

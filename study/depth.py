@@ -48,8 +48,8 @@ from study.replay import Follower, PlainText, replay
 from study.report import depth_table
 from study.sizes import Texts, plain_texts
 from study.statistics import DRAWS, percentiles
-from targets.loading import WHICH_RUN, find_run, load, results_folder
-from targets.runs import load_head
+from targets.loading import WHICH_RUN, find_run, load, results_folder, target_file
+from targets.runs import load_head, load_target, settings_of
 
 CELLS = {"1": "eagle-original", "2": "eagle-k2", "3": "eagle-k3"}  # by K
 WIDE = {"wide": "eagle-wide"}
@@ -234,10 +234,6 @@ def measured(config: DepthConfig, run_folder: Path, cells: dict) -> dict:
     asked = AblationConfig(cells=[*cells.values()], seeds=[*config.seeds], **shared)
     _, folder, fingerprint = train_cells(asked, run_folder, "depth")
     target, _, encoding = load(run_folder, None, config.device, config.dtype)
-    layers = len(target.blocks)
-    depths = config.depths or [layers * n for n in (TIMES if "wide" in cells else (1,))]
-    if min(depths) < layers:
-        raise UserError(f"--depths {min(depths)}: the target has {layers} layers of its own")
 
     def head_of(k: str, seed: int):
         return load_head(folder / f"{cells[k]}-seed{seed}.pt", target, fingerprint)
@@ -260,7 +256,7 @@ def measured(config: DepthConfig, run_folder: Path, cells: dict) -> dict:
     # Costs, and some decoding to check them by.
     costs, checks = {}, {}
     texts, _ = texts_of(config, "test", 0.0, folder, *loaded)
-    for depth in depths:
+    for depth in config.depths:
         deep = padded(target, depth)
         heads = {k: beside(head_of(k, config.seeds[0]), deep) for k in cells}
         found = kept(folder / f"costs-{depth}.json", timed, deep, heads)
@@ -272,7 +268,7 @@ def measured(config: DepthConfig, run_folder: Path, cells: dict) -> dict:
         print(f"decoded at {depth} layers: {checks[str(depth)]}", flush=True)
     kinds = ("greedy", "sampled")
     return {
-        "layers": layers,
+        "layers": len(target.blocks),
         "device": describe_device(target.embed.weight.device),
         "dtype": str(target.embed.weight.dtype).removeprefix("torch."),
         "counts": {kind: {k: v.tolist() for k, v in rows.items()} for kind, rows in counts.items()},
@@ -293,19 +289,25 @@ def main() -> None:
     config = parse(DepthConfig, about=__doc__)
     keep_heap()
     begin, run_folder = time.monotonic(), find_run(config.out_dir, needs_head=False)
-    folder = results_folder(run_folder) / "depth"
-    made = real_targets, run_folder, folder, config.device, config.dtype
-    real = kept(folder / "real.json", *made)
+    folder, path = results_folder(run_folder) / "depth", target_file(run_folder)
+    target, checkpoint = load_target(path)
+    small, layers = "source" not in settings_of(path, checkpoint), len(target.blocks)
+    depths = config.depths or [layers * times for times in (TIMES if small else (1,))]
+    if min(depths) < layers:  # before anything is trained
+        raise UserError(f"--depths {min(depths)}: the target has {layers} layers of its own")
+    cells, real = CELLS, {"runs": {}, "bits": {}}
+    if small:
+        cells = CELLS | WIDE
+        real = kept(folder / "real.json", real_targets, run_folder, folder, config.device)
     for name, value in real["bits"].items():
         print(f"{name}: {value:.3f} bits per byte", flush=True)
-    cells = CELLS | (WIDE if real["runs"] else {})  # of a small target
     result = {"config": asdict(config), "sizes": SIZES, "bits": real["bits"]}
-    result |= measured(config, run_folder, cells)
+    result |= measured(replace(config, depths=depths), run_folder, cells)
     half = dict(seeds=config.seeds[:2], head_tokens=config.head_tokens // 2)
-    half |= dict(test_texts=max(2, config.test_texts // 2), depths=None)
+    half |= dict(test_texts=max(2, config.test_texts // 2))
     result["real"] = {
-        layers: measured(replace(config, **half), folder / name, CELLS)
-        for layers, name in real["runs"].items()
+        depth: measured(replace(config, **half, depths=[int(depth)]), folder / name, CELLS)
+        for depth, name in real["runs"].items()
     }
     write_json(folder / "depth.json", origin() | result)
     plot_depth(result, folder / "depth.png")

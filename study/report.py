@@ -102,7 +102,7 @@ def foresight_table(result: dict) -> str:
         shape = ", width {}, patience {}".format(*f["shape"]) if "shape" in f else ""
         row = [name + shape, f"{told[name]['bce']:.3f}" if name in told else "", f"{f['tau']:.2f}"]
         row += [size_name(*f["size"]) if "size" in f else f"{f['nodes']:.1f}, {f['steps']:.1f}"]
-        row += [f"{f['speed']:.2f}x", f"{f['share']:.0%}" * gains]
+        row += [f"{f['speed']:.2f}x", f"{f['share']:.0%}" if gains else ""]
         if test and name in test["heads"]:
             figures = test["heads"][name]
             row += [with_interval(figures["tau"], figures["tau_interval"])]
@@ -127,8 +127,9 @@ def depth_table(result: dict) -> str:
                 row = [kind, shown, layers, size_name(*f["size"]), f"{f['tau']:.2f}"]
                 row += [f"{f['verify']:.2f} + {f['draft']:.2f}"]
                 row += [with_interval(f["speed"], f["speed_interval"], unit="x")]
-                check = part["decoded"][str(depth)][layers]  # greedy
-                row += [f"{check['speedup'] / check['predicted']:.2f}" * (kind == "greedy")]
+                check = part["decoded"][str(depth)][layers]
+                ratio = f"{check['speedup'] / check['predicted']:.2f}"
+                row += [ratio if kind == "greedy" else ""]  # which alone is decoded
                 each = [found[kind, depth, other][layers] for other in besides]
                 row += [with_interval(f["net"], f["net_interval"], 3) for f in each]
                 rows.append(row)

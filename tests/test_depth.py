@@ -99,6 +99,13 @@ def test_intervals_hold_seeds_texts_and_timings():
         assert (high - low > 0.1) == (what != "timings")
 
 
+def test_less_than_its_own_layers_is_refused_before_anything_is_trained(tiny_run, tmp_path, call):
+    run = shutil.copytree(tiny_run.folder, tmp_path / "run")
+    status, _, err = call(depth.main, "--out_dir", str(run), "--depths", "0", "3")
+    assert status == 2 and err.count("\n") == 1 and "1 layers of its own" in err
+    assert not (run / "depth").exists()
+
+
 @pytest.mark.slow
 def test_one_command_measures_it_all_and_goes_on(tiny_run, tmp_path, call, monkeypatch):
     """On the tests' tiny run; the second time nothing is measured again."""
