@@ -217,10 +217,9 @@ def best_tree(rates: list[list[float]], nodes: int, depth: int) -> tuple[Branch,
 
     `rates[i][r]`: how often the r-th guess at draft position i is right; the last row serves all
     positions beyond. A path's chance is taken as their product. A node is never likelier than its
-    parent, so the best are found one after the other.
+    parent or the better-ranked guess beside it, so the best are found one after the other; where a
+    record says otherwise, a node waits for both all the same.
     """
-    # A guess can only join after the better-ranked one beside it: ranks are made non-increasing.
-    rates = [[min(row[: r + 1]) for r in range(len(row))] for row in rates]
 
     def rate(path: Branch) -> float:
         row = rates[min(len(path), len(rates)) - 1]

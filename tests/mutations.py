@@ -20,366 +20,414 @@ class Mutation(NamedTuple):
     why: str
 
 
-def of(file: str, tests: str, *rows) -> list[Mutation]:
-    return [Mutation(file, line, wrong, f"tests/{tests}", why) for line, wrong, why in rows]
+def of(file: str, *rows) -> list[Mutation]:
+    """Of rows (line, wrong, why, test): the one that fails."""
+    return [Mutation(file, line, wrong, f"tests/{test}", why) for line, wrong, why, test in rows]
 
 
 RULES = of(
     "sampling.py",
-    "test_rule.py",
     (
         "return (p_x / q_x).clamp(max=1.0)",
         "return (p_x / q_x).clamp(max=0.9)",
         "tokens are rejected that the rule accepts",
+        "test_rule.py::test_a_cycle_writes_exactly_the_targets_law",
     ),
     (
         "excess = (p - q).clamp(min=0.0)",
         "excess = p",
         "after a rejection the token comes from p, so the rejected ones come too often",
+        "test_rule.py::test_a_cycle_writes_exactly_the_targets_law",
     ),
     (
         "return torch.where(total > 0, excess / total, p)",
         "return excess / total",
         "where p = q the residual is 0 / 0",
+        "test_rule.py::test_the_residual_is_a_law_even_where_nothing_is_left",
     ),
     (
         "threshold = u[..., None].double() * cumulative[..., -1:]",
         "threshold = u[..., None].float() * cumulative[..., -1:].float()",
         "float32 can pass the end of the sum, and draw what is impossible",
+        "test_rule.py::test_sample_never_returns_the_impossible",
     ),
     (
         "torch.searchsorted(cumulative, threshold, right=True)",
         "torch.searchsorted(cumulative, threshold)",
         "at u = 0 a token of probability 0 is drawn",
+        "test_rule.py::test_sample_never_returns_the_impossible",
     ),
     (
         "ordered = ordered.masked_fill(before >= max(top_p, SMALLEST), 0.0)",
         "ordered = ordered.masked_fill(before > max(top_p, SMALLEST), 0.0)",
         "top-p keeps a token more than it takes",
+        "test_rule.py::test_top_p_takes_the_first_of_ties",
     ),
     (
         "logits = logits.masked_fill(logits < last_kept, -math.inf)",
         "logits = logits.masked_fill(logits <= last_kept, -math.inf)",
         "top-k keeps a token less",
+        "test_rule.py::test_top_k_keeps_the_k_likeliest_in_proportion",
     ),
-)
-RULES += of(
-    "sampling.py",
-    "test_lossless.py tests/test_model.py",
     (
         "return q.new_zeros(len(q), self.whole).index_copy_(1, self.tokens, q)",
         "return torch.nn.functional.pad(q, (0, self.whole - q.shape[-1]))",
         "q stands at the places of other tokens",
+        "test_model.py::test_rows_and_laws_of_tokens_agree_with_their_indices",
     ),
     (
         "return indices if self.tokens is None else self.tokens[indices]",
         "return indices",
         "places among the logits are taken for tokens",
+        "test_model.py::test_tokens_and_their_indices_agree",
     ),
 )
 RULES += of(
     "speculate.py",
-    "test_rule.py tests/test_lossless.py tests/test_drafts.py",
     (
         "accepted = passes.long().cumprod(-1).sum(-1)  # the leading ones",
         "accepted = passes.long().sum(-1)  # the leading ones",
         "tokens after a rejected one are accepted",
+        "test_rule.py::test_verify_draws_from_the_enumerated_law",
     ),
     (
         "q = torch.nn.functional.pad(q, (0, 0, 0, 1))",
         "q = torch.cat([q, q[..., -1:, :]], -2)",
         "after a whole draft the token comes from a residual, not from p",
+        "test_rule.py::test_verify_draws_from_the_enumerated_law",
     ),
     (
         "return accepted, sample(following, u[..., -1])",
         "return accepted, sample(following, u[..., 0])",
         "the uniform that judged a token also draws the next one",
+        "test_rule.py::test_verify_draws_from_the_enumerated_law",
     ),
     (
         "node = deepest(tokens == choice[shape.parents], shape)  # which does not ask the root",
         "node = deepest(tokens == choice, shape)  # which does not ask the root",
         "a node is compared with the choice after itself, not after its parent",
+        "test_lossless.py::test_greedy_text_is_the_targets_own",
     ),
     (
         "if draft.q is None:\n        return *match",
         "if False:\n        return *match",
         "named tokens are judged as if they were drawn",
+        "test_lossless.py::test_a_head_reads_the_text_and_the_states_before_each_token",
     ),
 )
 DECODER = of(
     "speculate.py",
-    "test_lossless.py",
     (
         "depth = min(plan.depth, limit - len(out.tokens) - 1)",
         "depth = min(plan.depth, limit - len(out.tokens))",
         "a text is a token longer than asked for",
+        "test_lossless.py::test_a_limit_cuts_the_same_text",
     ),
     (
         "cache.keep(start, kept, in_place=path[-1] == len(path) - 1)",
         "cache.keep(start, kept, in_place=True)",
         "the path accepted in a tree is not moved to its places",
+        "test_drafts.py::test_greedy_text_by_a_tree_of_any_shape_is_the_targets_own",
     ),
     (
         "known.add(new, written, hidden)",
         "known.add(new, written, hidden.roll(1, 1))",
         "the head reads tokens with the states after others",
+        "test_lossless.py::test_a_head_reads_the_text_and_the_states_before_each_token",
     ),
     (
         "out.uncut_cycles += depth == plan.depth and not cut",
         "out.uncut_cycles += 1",
         "cycles that the end of a text cut count in tau",
+        "test_lossless.py::test_the_last_token_before_the_limit_is_not_drafted",
     ),
     (
         "new = new[: 1 + min(new.index(stop) for stop in stops & set(new))]",
         "new = new[: min(new.index(stop) for stop in stops & set(new))]",
         "the stop token is lost",
+        "test_lossless.py::test_a_stop_token_inside_an_accepted_run_ends_the_text_there",
     ),
     (
         "known.add(out.tokens, torch.cat([prompt[1:], last[None]]), hidden)",
         "known.add(out.tokens, torch.cat([prompt[:-1], last[None]]), hidden)",
         "the head reads the prompt with the states before its tokens",
+        "test_lossless.py::test_a_head_reads_the_text_and_the_states_before_each_token",
     ),
     (
         "return sum(counted) / len(counted) if counted else math.nan",
         "return sum(counted) / max(1, len(counted) - 1) if counted else math.nan",
         "tau is too good",
+        "test_lossless.py::test_a_perfect_head_writes_gamma_plus_one_tokens_a_cycle",
     ),
 )
 CACHE = of(
     "model.py",
-    "test_model.py tests/test_drafts.py",
     (
         "self.keys[layer, :, :, self.length : end] = keys",
         "self.keys[layer, :, :, : keys.shape[2]] = keys",
         "keys overwrite the beginning of the text",
+        "test_model.py::test_reading_in_pieces_is_reading_at_once",
     ),
     (
         "stored[..., start : self.length, :] = stored[..., start + path, :]",
         "stored[..., start : self.length, :] = stored[..., path, :]",
         "the kept path is taken from the beginning of the text",
+        "test_drafts.py::test_keeping_a_path_is_having_read_that_path_only",
     ),
     (
         "self.rollback(start + len(path))",
         "self.rollback(start + len(path) - 1)",
         "the last accepted token is forgotten",
+        "test_drafts.py::test_keeping_a_path_is_having_read_that_path_only",
     ),
     (
         "first = len(self.causal) // 2 - end  # position t sees t + 1 keys",
         "first = len(self.causal) // 2 - end - 1  # position t sees t + 1 keys",
         "each position sees the token after it",
+        "test_model.py::test_reading_in_pieces_is_reading_at_once",
     ),
     (
         "hidden = torch.zeros_like(seen, dtype=self.causal.dtype).masked_fill_(~seen, -math.inf)",
         "hidden = torch.zeros_like(seen, dtype=self.causal.dtype)",
         "the nodes of a tree see each other",
+        "test_drafts.py::test_each_node_is_read_as_the_end_of_its_own_path",
     ),
     (
         "qk = torch.addcmul(qk * cos, qk.roll(self.head_dim // 2, dims=-1), sin)",
         "qk = torch.addcmul(qk * cos, qk.roll(1, dims=-1), sin)",
         "the wrong coordinates are rotated together",
+        "test_model.py::test_the_model_is_the_llama_architecture",
     ),
 )
 PLANS = of(
     "drafts.py",
-    "test_drafts.py tests/test_lossless.py tests/test_lookup.py tests/test_faults.py",
     (
         "whole_path = (shape.ancestors[:, 1:] <= agrees[1:]).all(1)",
         "whole_path = agrees",
         "a node is accepted whose ancestor was not",
+        "test_drafts.py::test_the_deepest_node_is_on_a_path_that_agrees_all_the_way",
     ),
     (
         "log_q = log_q.double().nan_to_num(nan=LEAST).clamp(LEAST, -1e-9)",
         "log_q = log_q.double()",
         "NaN ranks first, and a node at probability 1 ties with its parent",
+        "test_faults.py::test_a_draft_that_is_no_number_does_not_change_the_text",
     ),
     (
         "kept = scores.topk(self.size(scores)).indices.sort().values",
         "kept = scores.topk(self.size(scores)).indices",
         "nodes come before their parents",
+        "test_drafts.py::test_a_growing_tree_holds_the_likeliest_continuations",
     ),
     (
         "above = best + seen",
         "above = best",
         "nodes are hung below others",
+        "test_drafts.py::test_a_growing_tree_holds_the_likeliest_continuations",
     ),
     (
         "if self.unread:",
         "if len(self.unread) > 1:",
         "the head misses what it has not read",
+        "test_lookup.py::test_a_head_drafts_after_a_backlog_as_one_that_reads_the_text_at_once",
     ),
     (
         "self.after[tuple(text[self.entered - n : self.entered])] = self.entered",
         "self.after.setdefault(tuple(text[self.entered - n : self.entered]), self.entered)",
         "the earliest copy is taken, not the latest",
+        "test_lookup.py::test_what_followed_the_longest_and_latest_match_is_copied",
     ),
     (
         "for n in range(min(LONGEST, len(text)), least - 1, -1):",
         "for n in range(least, min(LONGEST, len(text)) + 1):",
         "the shortest match is taken, not the longest",
+        "test_lookup.py::test_what_followed_the_longest_and_latest_match_is_copied",
     ),
     (
         "text.append(text[place - len(known.tokens) + len(text)])",
         "text.append(text[-1])",
         "a copy that reaches the end of the text repeats one token",
+        "test_lookup.py::test_what_followed_the_longest_and_latest_match_is_copied",
     ),
     (
-        "rates = [[min(row[: r + 1]) for r in range(len(row))] for row in rates]",
-        "rates = [[*row] for row in rates]",
-        "a guess joins a tree without the better one beside it",
+        "        if len(path) < depth:\n            heapq",
+        "        if len(path) <= depth:\n            heapq",
+        "a tree is a level deeper than may be drafted",
+        "test_drafts.py::test_the_best_tree_of_a_head_without_second_guesses_is_a_chain",
     ),
 )
 HEADS = of(
     "draft_head.py",
-    "test_model.py tests/test_lossless.py",
     (
         "state.cache.rollback(state.length)\n        state.hidden",
         "state.hidden",
         "drafted keys stay where certain ones belong",
+        "test_model.py::test_drafting_leaves_no_trace_in_what_is_absorbed_next",
     ),
     (
         "state.nodes = self.step(tokens, nodes.expand(-1, k, -1), state.cache, rotary)",
         "state.nodes = self.step(tokens, state.feature.expand(-1, k, -1), state.cache, rotary)",
         "a node is read with the state of the text, not of the node before it",
+        "test_model.py::test_eagle_reads_each_drafted_token_with_the_state_it_guessed",
     ),
     (
         "guesses.append(batch.rows(states[:, own:], own + 1))",
         "guesses.append(batch.rows(states[:, : states.shape[1] - own], own + 1))",
         "a guess is compared with another place's state",
+        "test_model.py::test_the_training_form_is_the_decoding_form",
     ),
     (
         "return torch.cat([before >= own, *(before == own - j for j in range(1, own + 1))], 1)",
         "return torch.cat([before >= 0, *(before == own - j for j in range(1, own + 1))], 1)",
         "in training a guess sees true states that drafting would not have",
+        "test_model.py::test_the_training_form_is_the_decoding_form",
     ),
     (
         "u = u + F.silu(torch.baddbmm(bias, u, weight))",
         "u = F.silu(torch.baddbmm(bias, u, weight))",
         "a layer of Medusa has lost its residual path",
+        "test_model.py::test_an_untrained_medusa_head_repeats_the_targets_own_guess",
     ),
 )
 GAME = of(
     "train.py",
-    "test_training.py",
     (
         "loss = self.d_loss(guess.detach(), batch)",
         "loss = self.d_loss(guess, batch)",
         "D's step is not one of D alone: a gradient is asked for that reaches the head",
+        "test_training.py::test_a_joint_step_is_one_of_D_and_then_one_of_the_head",
     ),
     (
         'weight, figures = self.weight if part == "joint" else 0.0, {}',
         "weight, figures = self.weight, {}",
         "D plays before it has learnt",
+        "test_training.py::test_until_D_has_learnt_the_head_is_trained_without_it",
     ),
     (
         "update(self.optimizer, self.head_lr * rate, loss, clip=True)",
         "update(self.optimizer, self.head_lr, loss, clip=True)",
         "the head's rate does not follow the schedule",
+        "test_training.py::test_the_discriminator_slows_down_with_the_head",
     ),
     (
         "update(self.d_optimizer, self.discriminator_lr * rate, loss)",
         "update(self.d_optimizer, self.discriminator_lr, loss)",
         "D leaps beside a head at rest",
+        "test_training.py::test_the_discriminator_slows_down_with_the_head",
     ),
     (
         "h_to = batch.rows(batch.hidden[:, i:], i)",
         "h_to = batch.rows(batch.hidden[:, :-i], i)",
         "p is that of another place",
+        "test_training.py::test_a_guess_is_compared_with_the_targets_law_for_the_same_token",
     ),
     (
         "yield i - 1, self.head.position_weights[i - 1], rows, to_logits.to(self.lm_head.dtype)",
         "yield i - 1, 1.0, rows, to_logits.to(self.lm_head.dtype)",
         "all draft positions weigh alike",
+        "test_training.py::test_the_loss_is_the_mean_over_what_is_to_be_learnt",
     ),
     (
         "if not batch.learn[:, positions + 1 :].any():",
         "if not batch.learn.any():",
         "a batch without rows for the last position makes a loss that is no number",
+        "test_training.py::test_a_batch_is_learnt_from_if_each_draft_position_has_a_row",
     ),
     (
         "return exact_logits(p, q)",
         "return exact_logits(q, p)",
         "the best D calls the head's tokens the target's",
+        "test_training.py::test_a_joint_step_is_one_of_D_and_then_one_of_the_head",
     ),
 )
 GAME += of(
     "discriminator.py",
-    "test_training.py",
     (
         "return -(q * F.logsigmoid(logits.detach())).sum(-1).mean()",
         "return -(q.detach() * F.logsigmoid(logits)).sum(-1).mean()",
         "the lesson does not reach the head",
+        "test_training.py::test_each_side_learns_from_its_own_loss_only",
     ),
     (
         "fake = (q.detach() * F.logsigmoid(-logits)).sum(-1)  # 1 - sigmoid(s) = sigmoid(-s)",
         "fake = (q.detach() * F.logsigmoid(logits)).sum(-1)  # 1 - sigmoid(s) = sigmoid(-s)",
         "D is told that both sides are the target's",
+        "test_training.py::test_no_other_discriminator_does_better",
     ),
     (
         "return F.linear(g, self._frozen[0]) + b",
         "return F.linear(g, self._frozen[0])",
         "D has no bias",
+        "test_training.py::test_a_new_discriminator_is_undecided_and_owns_no_lm_head",
     ),
 )
 FIGURES = of(
     "costs.py",
-    "test_training.py tests/test_costs.py",
     (
         "alpha[i] += acceptance(head.vocabulary.rows(p.T).T, q).sum().item()",
         "alpha[i] += acceptance(q, q).sum().item()",
         "acceptance is measured as 1",
+        "test_training.py::test_a_perfect_head_is_measured_as_perfect_and_a_contrary_one_as_useless",
     ),
     (
         "use = learn[:, start + 1 : start + positions + 1].all(1)  # (B,)",
         "use = learn[:, start + 1 : start + positions + 1].any(1)  # (B,)",
         "drafts count whose tokens are not to be learnt",
+        "test_training.py::test_only_drafts_of_what_is_to_be_learnt_are_measured",
     ),
     (
         'result["tau_estimate"] = math.nan if diverged else 1 + agree.cumprod(0).sum().item()',
         'result["tau_estimate"] = math.nan if diverged else 1 + agree.sum().item()',
         "tokens count after a rejected one",
+        "test_training.py::test_the_first_position_is_measured_as_training_sees_it",
     ),
     (
         "here = start + i\n            logits = head.expand(state, tokens[:, here, None])",
         "here = start + i - 1\n            logits = head.expand(state, tokens[:, here, None])",
         "a draft follows other tokens than the text's",
+        "test_training.py::test_a_perfect_head_is_measured_as_perfect_and_a_contrary_one_as_useless",
     ),
 )
 FIGURES += of(
     "study/replay.py",
-    "test_replay.py",
     (
         "ends = reach * (1 - chance)",
         "ends = reach * chance",
         "cycles end where tokens are accepted",
+        "test_replay.py::test_sampled_cycles_are_those_of_the_decoder_on_average",
     ),
     (
         "if plan.depth <= left:",
         "if True:",
         "cycles that the limit cut count in tau",
+        "test_replay.py::test_greedy_cycles_are_those_of_the_decoder",
     ),
     (
         "rank[d - 1] < part.nodes",
         "rank[d - 1] <= part.nodes",
         "a tree has a node more than it has room for",
+        "test_replay.py::test_greedy_cycles_are_those_of_the_decoder",
     ),
 )
 FILES = of(
     "plumbing/files.py",
-    "test_model.py tests/test_faults.py",
     (
         'return path.with_name(f"{path.name}.{os.getpid()}.part")',
         'return path.with_name(f"{path.name}.1.part")',
         "two processes write to one scratch file",
+        "test_faults.py::test_two_processes_that_save_one_file_leave_it_whole_at_any_time",
     ),
     (
         "os.replace(scratch, path)",
         "path.write_bytes(scratch.read_bytes())",
         "a reader can see half a file",
+        "test_faults.py::test_two_processes_that_save_one_file_leave_it_whole_at_any_time",
     ),
     (
         "weights_only=True",
         "weights_only=False",
         "a checkpoint may run code",
+        "test_model.py::test_code_in_a_checkpoint_is_not_executed",
     ),
 )
 

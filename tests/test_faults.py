@@ -81,8 +81,9 @@ def test_training_refuses_a_folder_that_is_being_written(tiny_run, tmp_path, cal
     assert call(train.main, *tiny_run.flags, "--out_dir", run)[0] == 0
 
 
-def save_often(path, value):
-    for _ in range(30):
+def save_often(path, value, together):
+    together.wait(60)
+    for _ in range(60):
         save_checkpoint(path, {"kind": "draft head", "value": torch.full((2000,), value)})
 
 
@@ -90,7 +91,8 @@ def test_two_processes_that_save_one_file_leave_it_whole_at_any_time(tmp_path):
     """Under one scratch name a reader found it damaged in one look of eleven."""
     path, context = tmp_path / "head.pt", multiprocessing.get_context("spawn")
     save_checkpoint(path, {"kind": "draft head", "value": torch.full((2000,), 0)})
-    writers = [context.Process(target=save_often, args=(path, value)) for value in (1, 2)]
+    together = context.Barrier(2)
+    writers = [context.Process(target=save_often, args=(path, v, together)) for v in (1, 2)]
     for writer in writers:
         writer.start()
     looks = 0

@@ -7,6 +7,7 @@ Whole runs, and how they are resumed, are in test_resuming.py.
 
 import itertools
 import math
+import operator
 from contextlib import nullcontext
 from functools import partial
 from types import SimpleNamespace
@@ -133,6 +134,9 @@ def test_a_new_discriminator_is_undecided_and_owns_no_lm_head():
         assert torch.equal(
             judge.score(judge.context(states, states, position)), torch.zeros(2, 3, 40)
         )
+    context = torch.randn(2, 3, 9)  # g and b
+    by_hand = context[..., :8] @ lm_head.T + context[..., 8:]
+    torch.testing.assert_close(judge.score(context), by_hand)
     tensors = [*judge.parameters(), *judge.state_dict().values()]
     assert not [t for t in tensors if t.data_ptr() == lm_head.data_ptr() or 40 in t.shape]
 
@@ -183,6 +187,22 @@ def test_lambda_0_is_supervised_training(kind):
     both = gradients(head, training.head_loss(guess, batch, 1.0, 0.3))
     for one, other in zip(both, gradients(head, supervised + 0.3 * adversarial)):
         torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("name", ["medusa-koala", "eagle-koala"])
+@pytest.mark.parametrize("log", [False, True])
+def test_until_D_has_learnt_the_head_is_trained_without_it(name, log):
+    """A step of the first part is the same with a lambda of 1 and of 0, and D does not move."""
+    (one, features), (other, _) = (
+        head_training(name, head=name, layers=2, adversarial_weight=weight) for weight in (1.0, 0.0)
+    )
+    torch.nn.init.normal_(one.discriminator.judge.weight, std=0.3)  # a D with an opinion
+    opinion = one.discriminator.judge.weight.clone()
+    for training in (one, other):
+        torch.manual_seed(1)
+        training.joint_step(training.batch(features, torch.arange(4)), "supervised", 2, log=log)
+    assert all(map(torch.equal, one.head.parameters(), other.head.parameters()))
+    assert torch.equal(one.discriminator.judge.weight, opinion)
 
 
 @pytest.mark.parametrize("kind", ["medusa", "eagle"])
@@ -649,6 +669,9 @@ def test_the_first_position_is_measured_as_training_sees_it(kind):
     same = [(q[:, t].argmax(-1) == p[:, t + 1].argmax(-1)).float().mean() for t in places]
     alpha = [acceptance(p[:, t + 1].softmax(-1), q[:, t].softmax(-1)).mean() for t in places]
     assert measured["agree_1"] == pytest.approx(torch.stack(same).mean().item(), abs=1e-6)
+    agree = [measured[f"agree_{i}"] for i in range(1, DRAFT_POSITIONS + 1)]
+    tau = 1 + sum(itertools.accumulate(agree, operator.mul))
+    assert measured["tau_estimate"] == pytest.approx(tau) != 1 + sum(agree)
     by_rank = measure_acceptance(target, head, batch, stride=1, by_rank=True)
     for r, (rank, mass) in enumerate(zip(by_rank["ranks"][0], by_rank["mass"][0])):
         guess = [q[:, t].argsort(-1, descending=True)[:, r] for t in places]
