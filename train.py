@@ -389,10 +389,10 @@ def head_data(config: TrainConfig, target, checkpoint: dict, text: Text | None, 
     return self_written(folder, target, checkpoint, text, *sizes, config.seed, autocast.dtype)
 
 
-def train_heads(config: TrainConfig, text: Text | None, device, autocast: Autocast) -> None:
+def train_heads(config: TrainConfig, text: Text | None, autocast: Autocast) -> None:
     """Train the heads that are still missing, then write the table and the plot."""
     folder, data = config.folder, {}
-    target, checkpoint = load_target(folder / "target.pt", device)
+    target, checkpoint = load_target(folder / "target.pt", autocast.device)
     if config.window > target.config.context:
         raise UserError(f"--head_window {config.window}: this target reads {target.config.context}")
     target_print = checkpoint["fingerprint"]
@@ -421,8 +421,7 @@ def main() -> None:
     config = parse(TrainConfig, presets=PRESETS, about=__doc__, usual=usual_preset)
     if came_along(config.folder):
         raise UserError(f"{config.folder} came with the code: train beside it by --preset lab")
-    device = choose_device(config.device)
-    autocast = choose_autocast(config.dtype, device)
+    autocast = choose_autocast(config.dtype, choose_device(config.device))
     keep_heap()
     path = config.folder / "target.pt"
     # A pretrained target that writes its own text needs no other.
@@ -437,13 +436,14 @@ def main() -> None:
             known_by |= source_settings(source)
         else:
             known_by |= {"text": text.description["hash"]}
-            amounts = config.target_tokens, config.batch_tokens, config.target_lr
-            how = config.seed, *amounts, config.optimizer, known_by, autocast
-            anew = partial(train_target, path, text, config.gpt(), *how)
+            how = dict(tokens=config.target_tokens, learning_rate=config.target_lr)
+            how |= dict(batch_tokens=config.batch_tokens, optimizer=config.optimizer)
+            how |= dict(known_by=known_by, autocast=autocast)
+            anew = partial(train_target, path, text, config.gpt(), config.seed, **how)
             make = partial(copy_target, path) if config.preset == "lab" else anew
         get_target(path, known_by, make, text)
         if config.heads:
-            train_heads(config, text, device, autocast)
+            train_heads(config, text, autocast)
 
 
 if __name__ == "__main__":

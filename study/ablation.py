@@ -225,7 +225,7 @@ def figures(record: dict, folder: Path) -> dict:
     lengths = [expected_length(rates, chain_paths(len(rates))) for rates in heated]
     kept["tau_sampled"] = lengths[TEMPERATURES.index(1.0)]
     kept["tau_tuned"], kept["heat"] = max(zip(lengths, TEMPERATURES))
-    kept |= {key: record[key] for key in ("parameters", "seconds", "kept_step")}
+    kept |= {key: record[key] for key in ("parameters", "seconds", "kept_step", "dtype")}
     kept["head_tokens"] = record["settings"]["head_tokens"]
     if record.get("dose"):
         kept["dose"] = record["dose"]["share"]
@@ -271,20 +271,31 @@ def control_of(cell: str) -> str:
 def compared(results: dict) -> dict:
     """From results[cell][seed] to each cell's heads, its control, and the ratios to the control.
 
-    A ratio is a mean over the seeds that both cells have, and half the width of its interval.
+    A ratio is a mean over the seeds that both cells have, trained in one dtype, and half the width
+    of its interval. `recovered`, likewise: of what its labels lack to p, how much a D brings back.
     """
     cells = {}
     for cell, heads in results.items():
         other, row = control_of(cell), {"heads": heads, "against": None, "ratios": {}}
-        controls = results.get(other, {})
-        seeds = sorted(heads.keys() & controls.keys())
+        seeds = pairs(heads, controls := results.get(other, {}))
         if seeds and other != cell:
             row["against"] = other
             for key in RATIOS:
                 ratios = [heads[seed][key] / controls[seed][key] for seed in seeds]
                 row["ratios"][key] = student_interval(ratios)
+        kind, label = other.split("-", 1)
+        whole = results.get(f"{kind}-original", {}) if label in LABELS else {}
+        if label in LABELS and (seeds := [s for s in seeds if s in pairs(heads, whole)]):
+            taus = [[part[s]["tau_sampled"] for part in (heads, controls, whole)] for s in seeds]
+            row["recovered"] = student_interval([(a - b) / (c - b) for a, b, c in taus])
         cells[cell] = row
     return cells
+
+
+def pairs(heads: dict, controls: dict) -> list[int]:
+    """The seeds of two cells whose heads were trained in one dtype."""
+    both = heads.keys() & controls.keys()
+    return sorted(s for s in both if heads[s].get("dtype") == controls[s].get("dtype"))
 
 
 # -------------------------------------------------------------------------------------- main

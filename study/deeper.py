@@ -60,8 +60,9 @@ def real_targets(run_folder, folder, device: str) -> dict:
         if not to.is_file():
             to.parent.mkdir(parents=True, exist_ok=True)
             new = {"target_layers": len(model.blocks), "target_tokens": tokens}
-            how = tokens, recipe.batch_tokens, rate, recipe.optimizer
-            fit_target(to, text, model, recipe.seed, *how, settings | new, autocast)
+            how = dict(tokens=tokens, learning_rate=rate, autocast=autocast)
+            how |= dict(batch_tokens=recipe.batch_tokens, optimizer=recipe.optimizer)
+            fit_target(to, text, model, recipe.seed, **how, known_by=settings | new)
         return load_target(to, where)[0]
 
     torch.manual_seed(recipe.seed)

@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 
 from bench import BenchConfig, Method, choose_texts, measure
-from costs import fastest, isolated_costs, kind_of, size_costs
+from costs import DEPTHS, fastest, isolated_costs, kind_of, size_costs
 from drafts import WIDTH, Draft, Plan, chain_shape, plan_draft
 from plumbing.cli import option, parse, run
 from plumbing.files import write_json
@@ -41,10 +41,14 @@ from targets.written import CONTINUING, self_written
 
 WINDOW = 256  # tokens of each text that is learnt from
 NODES, DEPTH = 24, 10  # of a paying tree, at most
-STEPS = (1, 2, 4, 7, DEPTH)  # draft steps that are timed
+STEPS = (*DEPTHS, DEPTH)  # draft steps that are timed
 ROUNDS = 25  # of timing: by medians of five a plan was 7 % faster, and then 1 %
 SHAPES = tuple((width, patience) for width in (2, WIDTH) for patience in (1, 2, 4))
-SMALL = ((1, 3), (2, 5))  # trees beside those of study/sizes.py
+# Trees beside those of study/sizes.py: as small, as deep and as large as paying ones can be.
+BESIDE = ((1, 3), (2, 5), (3, 5), (4, 6), (4, 10), (5, 12), (8, 12), (8, 16), (8, 24), (10, 24))
+# Figures of bench.py that suppose a draft of one size: a paying tree's cost goes by its steps.
+RECKONED = ("predicted_speedup", "predicted_by_task", "c_verify", "c_draft")
+RECKONED += ("accepted_histogram", "conditional_acceptance")
 
 
 @dataclass(frozen=True)
@@ -90,6 +94,8 @@ def learnt(config, target, head, folder) -> tuple[dict, dict]:
         "q": lambda seen: seen.odds,
     }
     told = {name: foreseen(model, *held_out) for name, model in models.items()}
+    # What remains to whoever knows each chance: nothing greedily, the entropy of p's own draw else.
+    told["floor"] = F.binary_cross_entropy(held_out[1], held_out[1]).item()
     told["nodes"] = [len(chance), len(held_out[1])]
     told["followed"] = chance.mean(0).tolist()
     return models | {"q": None}, told
@@ -139,9 +145,11 @@ class Costs:
 
 def speed_of(plan, costs: Costs, head, texts: list, sampler) -> dict:
     """A plan's tau and speed along texts, and the mean size of its drafts."""
-    plan.made, written = [], 0.0
+    plan.made, written, cycles = [], 0.0, 0.0
     for text in texts:
-        written += replay(head, {"it": plan}, text, sampler)["it"].written
+        found = replay(head, {"it": plan}, text, sampler)["it"]
+        written, cycles = written + found.written, cycles + found.cycles
+        del plan.made[round(cycles) :]  # what the text's end cut
     nodes, steps = np.mean(plan.made, 0).tolist()
     speed = costs.speed(written, plan.made)
     return {"tau": written / len(plan.made), "nodes": nodes, "steps": steps, "speed": speed}
@@ -152,7 +160,8 @@ def along_validation(config, target, head, models, followed, folder, encoding) -
     asked = Texts(config.num_prompts, config.max_new_tokens, config.temperature)
     followed = torch.tensor(followed, device=target.embed.weight.device)
     texts, sampler = plain_texts(asked, folder, target, encoding)
-    sizes = [(g, 0, 0) for g in range(1, DEPTH + 1)] + [(*size, 0) for size in TREES + SMALL]
+    sizes = [(g, 0, 0) for g in range(1, DEPTH + 1)]
+    sizes += [(*size, 0) for size in TREES + BESIDE if size[0] <= DEPTH]
     plans = {size: plan_draft(head, *size[:2], target) for size in sizes}
     tree = partial(PayingTree, nodes=NODES, device=target.embed.weight.device)
     widths = sorted({width for width, _ in SHAPES})
@@ -164,16 +173,17 @@ def along_validation(config, target, head, models, followed, folder, encoding) -
     }
     measured = size_costs(target, head, sizes, config.temperature, others, ROUNDS)
     best, trees = fastest(taus_along(texts, head, plans, sampler), *measured), {}
+    without = max(1.0, best.speedup)  # 1: to draft nothing
     figures = {"texts": len(texts), "passes": [*measured[0].items()]}
     figures["best"] = {"size": best[:2], "tau": best.tau, "speed": best.speedup}
     for name, model in models.items():
         for width, patience in SHAPES:
-            costs, speed = Costs(*measured, (name, width)), best.speedup
+            costs, speed = Costs(*measured, (name, width)), without
             for _ in range(2):
                 cut = dict(speed=speed, costs=(costs.verify, costs.step), followed=followed)
                 one = tree(width, depth=DEPTH, model=model, patience=patience, **cut)
                 row = speed_of(one, costs, head, texts, sampler) | {"cut at": speed}
-                speed = row["speed"]
+                row["a step"], speed = costs.step, row["speed"]
             figures[f"{name} of {width}, {patience}"] = row
             if speed > figures.get(name, {"speed": 0.0})["speed"]:
                 figures[name], trees[name] = row | {"shape": [width, patience]}, one
@@ -182,9 +192,9 @@ def along_validation(config, target, head, models, followed, folder, encoding) -
         figures[f"oracle of {width}"] = speed_of(oracle, costs, head, texts, sampler)
     most = max(row["speed"] for name, row in figures.items() if name.startswith("oracle"))
     for name in figures.keys() - {"texts", "passes"}:
-        gain = figures[name]["speed"] - best.speedup
+        gain = figures[name]["speed"] - without
         # Of all there is to gain; 0 where the oracle gains nothing.
-        figures[name]["share"] = gain / (most - best.speedup) if most > best.speedup else 0.0
+        figures[name]["share"] = gain / (most - without) if most > without else 0.0
     return plans[best[:3]], trees, figures
 
 
@@ -193,8 +203,9 @@ def pairs_of(methods: dict) -> dict:
     return {name: ["best"] for name in methods if name != "best"}
 
 
-def on_test(config, target, heads, plans: dict, folder, encoding) -> dict:
+def on_test(config, target, heads, best, trees: dict, folder, encoding) -> dict:
     """What the plans bring in decoding: as bench.py measures it."""
+    plans = {"best": best} | trees
     bench = BenchConfig(
         temperature=config.temperature,
         max_new_tokens=config.max_new_tokens,
@@ -212,6 +223,10 @@ def on_test(config, target, heads, plans: dict, folder, encoding) -> dict:
     result = {"methods": methods, "seed": bench.seed, "samples": samples, "seconds": seconds}
     pairs, greedy = pairs_of(methods), config.temperature == 0
     figures = evaluate(**result, costs=costs, pairs=pairs, greedy=greedy)
+    for name in trees:
+        for row in (figures["heads"][name], *figures["comparisons"][name]):
+            for figure in ("predicted", *RECKONED):
+                row.pop(figure, None)
     return result | {"costs": costs, "candidates": counts, "figures": figures}
 
 
@@ -241,7 +256,7 @@ def main() -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, result)  # whatever becomes of the test
     if config.test_prompts:
-        result["test"] = on_test(config, target, heads, {"best": best} | trees, folder, encoding)
+        result["test"] = on_test(config, target, heads, best, trees, folder, encoding)
         write_json(path, result)
     print(f"{foresight_table(result)}\n\nwritten: {path}")
     print(f"{(time.monotonic() - begin) / 60:.1f} min")

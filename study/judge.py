@@ -96,8 +96,9 @@ class Logistic(nn.Module):
 def verdicts(target, head, data, greedy: bool, count: int) -> tuple[Seen, Tensor]:
     """Up to `count` nodes, on the way along texts, and the chances (N, WIDTH) of their tokens.
 
-    data: see targets/features.py. Greedily a node counts where all before it were accepted: the
-    text's tokens are the target's first choices.
+    data: see targets/features.py. A node counts where a draft along the text comes to it: all
+    before it were named and accepted. (Greedily a text's token is accepted where it is the target's
+    first choice, and a text of the corpus has others as well.)
     """
     sampler, batch = Sampler(head.combine.weight.device, 0.0 if greedy else 1.0), 64
     nodes, chances, found, accepted = [], [], 0, None
@@ -113,7 +114,10 @@ def verdicts(target, head, data, greedy: bool, count: int) -> tuple[Seen, Tensor
             is_it = named == choice[use, None]
             nodes.append(seen)
             chances.append(is_it.float() if greedy else p[use].gather(-1, named))
-            accepted = use & (choice == tokens[:, here + 1]) if greedy else use
+            following, accepted = tokens[:, here + 1], use.clone()
+            accepted[use] = (named == following[use, None]).any(-1)
+            if greedy:
+                accepted &= choice == following
         found = sum(map(len, chances))
         if found >= count:
             break

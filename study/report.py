@@ -77,11 +77,13 @@ def ablation_table(result: dict) -> str:
     rows = []
     for cell, row in result["cells"].items():
         heads = list(row["heads"].values())
-        mean = {key: np.mean([head[key] for head in heads]) for key in heads[0]}
+        mean = {key: np.mean([h[key] for h in heads]) for key in heads[0] if key != "dtype"}
         tau = f"{mean['tau_sampled']:.3f} ({mean['tau_tuned']:.3f} at {mean['heat']:.2g})"
         ratio = {k: " ± ".join(f"{x:.4f}" for x in pair) for k, pair in row["ratios"].items()}
         sampled = f"{ratio['tau_sampled']} ({ratio['tau_tuned']})" if ratio else ""
         judged = [f"{name} {mean[key]:.2f}" for key, name in JUDGED.items() if key in mean]
+        if "recovered" in row:
+            judged += ["brings back " + " ± ".join(f"{x:.2f}" for x in row["recovered"])]
         cells = [cell, len(heads), f"{mean['parameters'] / 1e6:.2f} M"]
         cells += [f"{mean['head_tokens'] / 1e6:.2f} M", f"{mean['seconds'] / 60:.1f}"]
         cells += [f"{mean['agree_1']:.3f}, {mean['agree_4']:.3f}", f"{mean['tau_estimate']:.3f}"]
@@ -96,7 +98,8 @@ def foresight_table(result: dict) -> str:
     """What foreseeing acceptance brings: a run of study/foresight.py."""
     told, valid, rows = result["foreseen"], result["validation"], []
     test = result.get("test", {}).get("figures")
-    gains = valid["oracle of 4"]["speed"] > valid["best"]["speed"]  # has it anything to share?
+    without = max(1.0, valid["best"]["speed"])
+    gains = valid["oracle of 4"]["speed"] > without  # has it anything to share?
     for name in ("best", "q", "logistic", "judge", "oracle of 1", "oracle of 4"):
         f = valid[name]
         shape = ", width {}, patience {}".format(*f["shape"]) if "shape" in f else ""
@@ -108,10 +111,12 @@ def foresight_table(result: dict) -> str:
             row += [with_interval(figures["tau"], figures["tau_interval"])]
             row += [with_interval(figures["speedup"], figures["speedup_interval"], unit="x")]
             others = test["comparisons"].get(name, [])
-            row += [with_interval(o["net_speed"], o["net_speed_interval"], 3) for o in others]
+            for o in others:
+                runs = "{:.2f} to {:.2f}".format(*o["net_speed_range"])
+                row += [f"{with_interval(o['net_speed'], o['net_speed_interval'], 3)} ({runs})"]
         rows.append(row + [""] * (9 - len(row)))
     header = "tree by | cross entropy | tau | tokens, steps | speed | share of the oracle's gain"
-    return table(header + " | tau, decoded | speedup, decoded | against best", rows)
+    return table(header + " | tau, decoded | speedup, decoded | against best (runs)", rows)
 
 
 def depth_table(result: dict) -> str:

@@ -49,18 +49,18 @@ def bits_per_byte(target: GPT, windows: Tensor, byte_counts: Tensor, autocast) -
     return nats / math.log(2) / byte_counts[windows[:, 1:]].sum().item()
 
 
-def train_target(path: Path, text: Text, shape: GPTConfig, seed: int, *how) -> None:
+def train_target(path: Path, text: Text, shape: GPTConfig, seed: int, **how) -> None:
     """Learn the tokenizer and the target, and write the target to `path`.
 
     `shape` has the vocabulary size to learn. The vocabulary is smaller where the text has no more
-    pairs to merge. `how`: the arguments of `fit_target` after `seed`.
+    pairs to merge. `how`: the arguments of `fit_target` by name.
     """
     start, documents = time.monotonic(), text.documents["train"]
     text.use(learn_tokenizer([document.text for document in documents], shape.vocab_size))
     print(f"tokenizer: {text.encoding.n_vocab} tokens learnt in {time.monotonic() - start:.0f} s")
     torch.manual_seed(seed)
     target = GPT(replace(shape, vocab_size=text.encoding.n_vocab))
-    fit_target(path, text, target, seed, *how)
+    fit_target(path, text, target, seed, **how)
 
 
 def fit_target(
@@ -68,6 +68,7 @@ def fit_target(
     text: Text,
     target: GPT,
     seed: int,
+    *,
     tokens: int,
     batch_tokens: int,
     learning_rate: float,

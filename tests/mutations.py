@@ -409,6 +409,36 @@ FIGURES += of(
         "test_replay.py::test_greedy_cycles_are_those_of_the_decoder",
     ),
 )
+FIGURES += of(
+    "study/judge.py",
+    (
+        "accepted[use] = (named == following[use, None]).any(-1)",
+        "accepted[use] = True",
+        "a judge learns from nodes that no draft comes to",
+        "test_judge.py::test_verdicts_are_those_of_the_target_after_the_tokens_before",
+    ),
+    (
+        "use = learn[:, here + 1] & (accepted if i > 0 else True)  # (B,)",
+        "use = learn[:, here + 1]  # (B,)",
+        "a judge learns from nodes after rejected ones",
+        "test_judge.py::test_verdicts_are_those_of_the_target_after_the_tokens_before",
+    ),
+)
+FIGURES += of(
+    "study/foresight.py",
+    (
+        "del plan.made[round(cycles) :]",
+        "pass",
+        "a cycle that the end of a text cut costs, and brings nothing",
+        "test_judge.py::test_a_cycle_that_a_stop_token_cuts_costs_nothing",
+    ),
+    (
+        "return written / float((self.verify[nodes] + self.draft[steps]).sum())",
+        "return written / float((self.verify[nodes - 1] + self.draft[steps]).sum())",
+        "the root is verified for nothing",
+        "test_judge.py::test_a_speed_is_tokens_over_the_costs_of_their_cycles",
+    ),
+)
 FILES = of(
     "plumbing/files.py",
     (

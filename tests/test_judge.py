@@ -158,11 +158,14 @@ class Data:
 @pytest.mark.parametrize("knows", [(), KNOWS], ids=["all", "some"])
 @pytest.mark.parametrize("greedy", [True, False])
 def test_verdicts_are_those_of_the_target_after_the_tokens_before(target, trained, greedy, knows):
-    """Each node found again: in a draft of the decoder's own, with the target's p read apart."""
+    """Each node found again: in a draft of the decoder's own, with the target's p read apart.
+
+    A node after a token that the head does not name is in no draft.
+    """
     head, tokens = trained(knows), own_text(target, 8, target.config.context + 1)
     learn = torch.rand(tokens.shape, generator=torch.Generator().manual_seed(0)) < 0.9
     seen, chances = verdicts(target, head, Data(target, tokens, learn), greedy, 10_000)
-    expected = []
+    expected, unnamed = [], 0
     with torch.no_grad():
         starts = range(POSITIONS, target.config.context - POSITIONS + 1, POSITIONS)
         for start, i in itertools.product(starts, range(POSITIONS)):
@@ -174,15 +177,24 @@ def test_verdicts_are_those_of_the_target_after_the_tokens_before(target, traine
                     state = head.start(64)
                     before = target(text[None, :start])
                     head.absorb(state, text[None, 1 : start + 1], before)
-                    logits = head.expand(state)
+                    logits, named = head.expand(state), True
                     for token in text[start + 1 : start + i + 1]:
+                        named &= token in head.vocabulary.tokens_at(logits[0, 0].topk(4).indices)
                         logits = head.expand(state, token[None, None])
-                    best = head.vocabulary.tokens_at(logits[0, 0].topk(4).indices)
+                    unnamed += not named
+                    if not named:
+                        continue
+                    best = logits[0, 0].topk(4).indices
+                    q = logits[0, 0].softmax(-1).double() ** (
+                        1 / (GREEDY_TEMPERATURE if greedy else 1)
+                    )
+                    odds, best = (q / q.sum())[best].logit(1e-6), head.vocabulary.tokens_at(best)
                     chance = (best == argmax(p[-1])).float() if greedy else p[-1][best]
-                    expected.append((i, before[0, -1], state.nodes[0, 0], chance))
-    assert len(expected) == len(chances) > 20
-    for node, (i, h_from, h_to, chance) in enumerate(expected):
+                    expected.append((i, before[0, -1], state.nodes[0, 0], chance, odds))
+    assert len(expected) == len(chances) > 20 and unnamed > 0
+    for node, (i, h_from, h_to, chance, odds) in enumerate(expected):
         assert seen.position[node] == i
+        torch.testing.assert_close(seen.odds[node].double(), odds, rtol=1e-3, atol=1e-3)
         torch.testing.assert_close(seen.h_from[node], h_from.float())
         torch.testing.assert_close(seen.h_to[node], h_to.float())
         torch.testing.assert_close(chances[node], chance.float(), check_dtype=False)
@@ -284,9 +296,9 @@ def test_an_untrained_judge_grows_the_tree_that_q_grows(target, trained):
 
 @pytest.mark.parametrize("speed, size", [(0.0, 3), (1.0, 2), (2.0, 1), (4.0, 0)])
 def test_a_tree_keeps_the_nodes_that_pay(speed, size):
-    """Their chances 0.9, 0.5, 0.2; the costs of 1 to 4 tokens 1, 1.3, 1.7, 1.9."""
+    """Their chances 0.9, 0.5, 0.15; the costs of 1 to 4 tokens 1, 1.3, 1.7, 1.9."""
     tree = PayingTree(1, 3, 3, CPU, None, speed, ([1, 1.3, 1.7, 1.9], 0.2))
-    assert tree.size(torch.tensor([1.0, 0.9, 0.5, 0.2]).log()) == 1 + size
+    assert tree.size(torch.tensor([1.0, 0.9, 0.5, 0.15]).log()) == 1 + size
 
 
 @pytest.mark.parametrize("speed, on", [(0.5, True), (1.0, True), (1.4, False), (3.0, False)])
@@ -319,6 +331,58 @@ def test_replayed_cycles_are_those_of_the_decoder(target, trained):
         assert found.written / found.cycles == pytest.approx(decoded.acceptance_length)
 
 
+def test_a_speed_is_tokens_over_the_costs_of_their_cycles():
+    passes, drafts = {1: 1.0, 3: 1.4, 25: 5.8}, {(1, "a"): 0.1, (3, "a"): 0.5, (9, "b"): 7.0}
+    costs = foresight.Costs(passes, drafts, "a")
+    assert costs.verify[[0, 1, 2, 24]].tolist() == pytest.approx([1.0, 1.2, 1.4, 5.8])
+    assert costs.draft[[0, 1, 2, 3]].tolist() == pytest.approx([0.0, 0.1, 0.3, 0.5])
+    assert costs.step == pytest.approx(0.2)
+    # Two cycles: two nodes after three steps, and nothing after one.
+    assert costs.speed(4.0, [(2, 3), (0, 1)]) == pytest.approx(4 / (1.4 + 0.5 + 1.0 + 0.1))
+
+
+class Scripted:
+    """Costs that count every cycle as 1: speeds are taus."""
+
+    def speed(self, written, made):
+        return written / len(made)
+
+
+@pytest.mark.parametrize("width", [1, 4])
+def test_the_oracle_drafts_what_a_tree_would_have_accepted(target, trained, width):
+    """As far as three tokens. One token wide, a tree is a chain: the same cycles."""
+    head, sampler = trained(), Follower(CPU)
+    tree, oracle = GrowingTree(3 * width, 3, width, CPU), foresight.Oracle(width, 3)
+    for prompt in random_prompts(target, (2, 7)):
+        decoded = generate(target, prompt, 100, head=head, plan=tree)
+        plain, room = generate(target, prompt, 100), target.config.context - len(prompt)
+        text = PlainText.read(target, prompt, plain.tokens, room, sampler)
+        row = foresight.speed_of(oracle, Scripted(), head, [text], sampler)
+        assert row["tau"] == row["speed"] == pytest.approx(1 + row["nodes"]) and row["nodes"] > 0
+        assert row["nodes"] == row["steps"] and row["tau"] >= decoded.acceptance_length
+        if width == 1:
+            lengths = decoded.produced[: decoded.uncut_cycles]
+            assert [1 + nodes for nodes, _ in oracle.made] == lengths
+
+
+def test_a_cycle_that_a_stop_token_cuts_costs_nothing(target, trained):
+    """As little as it counts in tau: its draft does not count either."""
+    head, sampler, oracle = trained(), Follower(CPU), foresight.Oracle(4, 3)
+    prompt = random_prompts(target, (7,))[0]
+    plain, counted = generate(target, prompt, 100).tokens, set()
+    room = target.config.context - len(prompt)
+    whole = PlainText.read(target, prompt, plain, room, sampler)
+    for end in range(2, len(plain)):  # the other text stops there, although there was room
+        cut = PlainText.read(target, prompt, plain[:end], room, sampler)
+        row = foresight.speed_of(oracle, Scripted(), head, [cut, whole], sampler)
+        drafts = len(oracle.made)
+        found = [replay(head, {"it": oracle}, text, sampler)["it"] for text in (cut, whole)]
+        assert drafts == sum(one.cycles for one in found)
+        assert row["tau"] == pytest.approx(sum(one.written for one in found) / drafts)
+        counted.add(drafts)
+    assert len(counted) > 3
+
+
 @pytest.mark.parametrize("temperature", [0, 1])
 def test_foresight_is_measured_in_one_command(tiny_run, tmp_path, call, monkeypatch, temperature):
     """On the tests' tiny run: what it foresees, what that is worth, and decoding."""
@@ -342,10 +406,20 @@ def test_foresight_is_measured_in_one_command(tiny_run, tmp_path, call, monkeypa
         for width, patience in foresight.SHAPES:
             row = valid[f"{name} of {width}, {patience}"]
             assert row["tau"] >= 1 and 0 <= row["nodes"] <= 24 and 1 <= row["steps"] <= 5
-    assert valid["best"]["share"] == 0
-    assert max(row["share"] for n, row in valid.items() if n.startswith("oracle")) in (0, 1)
+    fastest = {}
+    for name in ("judge", "logistic", "q"):
+        rows = {shape: valid["{} of {}, {}".format(name, *shape)] for shape in foresight.SHAPES}
+        fastest[name] = max(rows, key=lambda shape: rows[shape]["speed"])
+        assert valid[name] == rows[fastest[name]] | {"shape": [*fastest[name]]}
+    most, without = max(valid[f"oracle of {w}"]["speed"] for w in (1, 2, 4)), valid["best"]["speed"]
+    if most > max(1.0, without):
+        gain = valid["judge"]["speed"] - max(1.0, without)
+        share = gain / (most - max(1.0, without))
+        assert valid["judge"]["share"] == pytest.approx(share)
     heads = result["test"]["figures"]["heads"]
     assert heads.keys() == {"best", "judge", "logistic", "q"}
     assert all(("identical" in row) == (temperature == 0) for row in heads.values())
+    # A paying tree's cost goes by its steps, and is not reckoned as that of a draft of one size.
+    assert [name for name, row in heads.items() if "c_draft" in row] == ["best"]
     assert temperature or all(row["identical"] == 1 for row in heads.values())
     assert "| judge, width " in out
