@@ -336,21 +336,21 @@ def tree_warning(head, gamma: int, nodes: int, temperature: float) -> str | None
 
 @torch.inference_mode()
 def size_costs(
-    target, head, sizes: list, temperature=0.0, others=None, least=ROUNDS
+    target, head, sizes: list, temperature=0.0, others=None, least=ROUNDS, length=LENGTH
 ) -> tuple[dict, dict]:
     """Costs of passes {tokens: cost} and of drafts {(gamma, is it a tree): cost}, in plain steps.
 
     sizes: triples (gamma, nodes, lookup). others: plans {(depth, their kind): plan}, whose drafts
     are measured as well. The passes and the drafts take turns for about SECONDS, `least` rounds at
     least: a large target takes longer. The first round does not count. Before each, untimed, comes
-    the job that precedes it in decoding.
+    the job that precedes it in decoding. All come after a text of `length` tokens.
     """
     others, longest = others or {}, max(COPIED if lookup else gamma for gamma, _, lookup in sizes)
     most = max(longest, *(nodes for _, nodes, _ in sizes), *(o.nodes for o in others.values())) + 1
     counts = [n for n in COUNTS if n < most] + [most]
     sampler = Sampler(target.embed.weight.device, temperature)
     context = target.config.context
-    length = min(LENGTH, context // 2, context - longest - 1)
+    length = min(length, context // 2, context - longest - 1)
     bench = Bench(target, length, most, sampler)
     jobs = {n: (bench.read, n) for n in counts}
     # The cost of drafting a tree depends on its depth, hardly on its nodes. Copies cost nothing.

@@ -14,7 +14,6 @@ decodes texts on which nothing was chosen.
 """
 
 import re
-import statistics
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
@@ -31,6 +30,7 @@ from recipe import HEADS, KOALA_WEIGHT, PRESETS, TrainConfig, head_settings, in_
 from sampling import acceptance
 from study.plots import plot_games
 from study.report import JUDGED, ablation_table
+from study.statistics import student_interval
 from targets.loading import WHICH_RUN, find_run, name_of, results_folder, target_file
 from targets.runs import load_target, settings_of, trained_heads
 from targets.text import Text, packages_for, read_text
@@ -93,8 +93,6 @@ CELLS |= {  # steps of D alone before the game
 CONTROLS = dict.fromkeys(["original", "wide", "k2", "k3", "own-original"], "original")
 CONTROLS |= dict.fromkeys(["own-nofeature", "own-koala", "own-window"], "own-k2")
 GAMES = "eagle-koala", "eagle-unbalanced"  # a healthy game and an unhealthy one, side by side
-# Student's t: half the width of a mean's 95 % interval in standard errors, by number of values.
-STUDENT = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}
 # Settings of a head that a cell chooses for itself, or its name does.
 CHOSEN = {"layers", "adversarial_weight", "init", "head_data", "target", "discriminator"}
 RATIOS = ("tau_estimate", "tau_sampled", "tau_tuned")  # figures that are compared between cells
@@ -248,14 +246,6 @@ def collect(folder: Path, target_print: str, seeds: list[int] | None) -> dict:
             cell = results.setdefault(name[1], {})
             cell[int(name[2])] = figures(head["training"], folder)
     return {cell: heads for cell, heads in results.items() if heads}
-
-
-def student_interval(values: list[float]) -> list[float]:
-    """The mean, and half the width of its 95 % interval (Student's t) for more than one value."""
-    mean, count = statistics.mean(values), len(values)
-    if count == 1:
-        return [mean]
-    return [mean, STUDENT.get(count, STUDENT[10]) * (statistics.stdev(values) / count**0.5)]
 
 
 def control_of(cell: str) -> str:

@@ -12,7 +12,9 @@ trained on alike, in bits per byte of held-out text. What remains without its up
 much that half does.
 """
 
+import shutil
 from dataclasses import replace
+from functools import partial
 
 import torch
 
@@ -20,11 +22,12 @@ from model import GPT
 from plumbing.machine import choose_autocast, choose_device
 from recipe import target_settings
 from study.ablation import AblationConfig, recipe_of, text_of
+from study.prompts import MARKED
 from targets.loading import target_file
-from targets.runs import load_target, settings_of
+from targets.runs import get_target, load_target, settings_of
 from targets.small import bits_per_byte, fit_target
 
-ON_TOKENS = 1_000_000  # that the stacked layers, and the own ones, are trained on
+ON_TOKENS = 1_000_000  # that the stacked layers, and the own ones, are trained on, by AdamW
 ON_RATE = 1e-3  # their peak learning rate: a quarter of that from scratch
 
 
@@ -55,23 +58,27 @@ def real_targets(run_folder, folder, device: str) -> dict:
     def bits(model: GPT) -> float:
         return bits_per_byte(model, held_out, byte_counts, autocast)
 
-    def trained(name: str, model: GPT, tokens: int, rate: float) -> GPT:
+    def trained(name: str, model: GPT, tokens: int, rate: float, optimizer: str) -> GPT:
         to = folder / name / "target.pt"
-        if not to.is_file():
-            to.parent.mkdir(parents=True, exist_ok=True)
-            new = {"target_layers": len(model.blocks), "target_tokens": tokens}
-            how = dict(tokens=tokens, learning_rate=rate, autocast=autocast)
-            how |= dict(batch_tokens=recipe.batch_tokens, optimizer=recipe.optimizer)
-            fit_target(to, text, model, recipe.seed, **how, known_by=settings | new)
+        to.parent.mkdir(parents=True, exist_ok=True)
+        if (marked := run_folder / MARKED).is_file():  # its benchmarks decode the same prompts
+            shutil.copy(marked, to.parent)
+        new = {"target_layers": len(model.blocks), "target_tokens": tokens, "target_lr": rate}
+        how = dict(tokens=tokens, learning_rate=rate, autocast=autocast, known_by=settings | new)
+        how |= dict(batch_tokens=recipe.batch_tokens, optimizer=optimizer)
+        make = partial(fit_target, to, text, model, recipe.seed, **how)
+        get_target(to, settings | new, make, text)
         return load_target(to, where)[0]
 
     torch.manual_seed(recipe.seed)
     half = GPT(replace(target.config, num_layers=max(1, count // 2)))
     stacked = with_layers(target, [*range(count)] * 2)
     found = {"own": bits(target), "stacked": bits(stacked)}
-    half = trained("half", half, recipe.target_tokens, recipe.target_lr)
-    own = trained("own", with_layers(target, [*range(count)]), ON_TOKENS, ON_RATE)
-    twice = trained("twice", stacked, ON_TOKENS, ON_RATE)
+    # From scratch by what the run's own target learnt with, whichever is fast here.
+    from_scratch = recipe.target_tokens, recipe.target_lr, checkpoint["training"]["optimizer"]
+    half = trained("half", half, *from_scratch)
+    own = trained("own", with_layers(target, [*range(count)]), ON_TOKENS, ON_RATE, "adamw")
+    twice = trained("twice", stacked, ON_TOKENS, ON_RATE, "adamw")
     found |= {"half": bits(half), "own, trained on": bits(own), "twice": bits(twice)}
     found["twice, lower half alone"] = bits(with_layers(twice, [*range(count)]))
     runs = {str(len(half.blocks)): "half"}

@@ -16,7 +16,8 @@ depth. Each K has its own size of draft, the fastest on validation texts there; 
 A loop that spends more besides its layers makes a layer look cheap. So the table is reckoned again
 with 0.1 and 0.3 plain steps more for each draft step, and every K chooses anew.
 
-The interval holds seeds, texts and rounds of timing together: all are drawn anew (bootstrap).
+The interval holds seeds (Student's t), texts and rounds of timing together. Texts of one
+conversation are drawn together.
 
 Beside it stand one layer with the parameters of two (`wide`), and targets whose depth is real
 (study/deeper.py), each with its own texts and heads.
@@ -25,12 +26,15 @@ Beside it stand one layer with the parameters of two (`wide`), and targets whose
 costs lie in the run's folder, under depth/.
 """
 
+import hashlib
 import json
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
+import tiktoken
 import torch
 
 from costs import kind_of, reckon, size_costs
@@ -46,10 +50,10 @@ from study.deeper import real_targets
 from study.plots import plot_depth
 from study.replay import Follower, PlainText, replay
 from study.report import depth_table
-from study.sizes import Texts, plain_texts
-from study.statistics import DRAWS, percentiles
+from study.sizes import Texts, free_prompts
+from study.statistics import DRAWS, combined, draw
 from targets.loading import WHICH_RUN, find_run, load, results_folder, target_file
-from targets.runs import load_head, load_target, settings_of
+from targets.runs import fingerprint, load_head, load_target, settings_of
 
 CELLS = {"1": "eagle-original", "2": "eagle-k2", "3": "eagle-k3"}  # by K
 WIDE = {"wide": "eagle-wide"}
@@ -57,7 +61,8 @@ CHAINS = [(gamma, 0) for gamma in range(1, 11)]
 TREES = [(3, 8), (4, 8), (4, 16), (6, 16), (6, 24), (8, 24)]  # depth, nodes
 SIZES = CHAINS + TREES
 TIMES = (1, 2, 4, 8)  # its own layers a small target is padded to
-ROUNDS = 5  # of timing, at each depth
+ROUNDS = 7  # of timing, at each depth
+FEW = 5  # texts that a task has at least, to be shown apart
 MORE = (0.0, 0.1, 0.3)  # plain steps that a draft step costs besides
 
 
@@ -78,7 +83,7 @@ class DepthConfig:
     )
     check_texts: int = option(8, "texts that are decoded at each depth, as a check", least=1)
     device: str = option("auto", "auto, cpu or cuda")
-    dtype: str = option("auto", "to decode in", choices=["auto", "float32", "bfloat16"])
+    dtype: str = option("float32", "to decode in", choices=["float32", "bfloat16"])
 
 
 def padded(target: GPT, layers: int) -> GPT:
@@ -102,69 +107,107 @@ def beside(head, target: GPT):
 # --------------------------------------------------------------------------------------- measuring
 
 
-def kept(path: Path, make, *arguments):
-    """What `make` returns, from `path` where it was made before."""
-    if not path.is_file():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, make(*arguments))
-    return json.loads(path.read_text("utf-8"))
+def kept(path: Path, key: dict, make, *arguments):
+    """What `make` returns, from `path` where it was made before under the same key."""
+    key = json.loads(json.dumps(key))
+    if path.is_file():
+        found = json.loads(path.read_text("utf-8"))
+        if found["key"] == key:
+            return found["value"]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, {"key": key, "value": make(*arguments)})
+    return json.loads(path.read_text("utf-8"))["value"]
 
 
-def written(asked: Texts, run_folder: Path, target, encoding) -> list:
-    """[prompt, new tokens] of each text."""
-    texts, _ = plain_texts(asked, run_folder, target, encoding)
-    return [[text.tokens[: text.start], text.tokens[text.start :]] for text in texts]
+class Loaded(NamedTuple):
+    """A run, ready to be measured."""
+
+    folder: Path
+    target: GPT
+    encoding: tiktoken.Encoding
+
+    def key(self) -> dict:
+        """By it what was measured before is known."""
+        weight = self.target.embed.weight
+        return {"target": fingerprint(self.target), "dtype": str(weight.dtype)}
 
 
-def texts_of(config: DepthConfig, split: str, temperature: float, folder, *run) -> tuple:
-    """(texts, their sampler). run: its folder, target and encoding. Texts are written once."""
-    target = run[1]
+class Written(NamedTuple):
+    """Texts of the target, ready to be replayed."""
+
+    texts: list[PlainText]
+    sampler: Follower
+    tasks: list[str]
+    conversations: list[int]
+    key: str
+
+
+def texts_of(config: DepthConfig, split: str, temperature: float, folder, run: Loaded) -> Written:
+    """The loop-free texts of a split. They are written once."""
     count = config.test_texts if split == "test" else config.valid_texts
     asked = Texts(count, config.max_new_tokens, temperature, split=split)
-    found = kept(folder / f"texts-{kind_of(temperature)}-{split}.json", written, asked, *run)
-    sampler, texts = Follower(target.embed.weight.device, temperature, seed=0), []
-    for prompt, new in found:
-        room = min(config.max_new_tokens, target.config.context - len(prompt))
-        texts.append(PlainText.read(target, prompt, new, room, sampler))
-    return texts, sampler
+    path, key = folder / f"texts-{kind_of(temperature)}-{split}.json", run.key() | asdict(asked)
+    found = kept(path, key, free_prompts, asked, *run)
+    sampler, texts = Follower(run.target.embed.weight.device, temperature, seed=0), []
+    tasks, prompts, conversations, written = zip(*found)
+    for prompt, new in zip(prompts, written):
+        room = min(config.max_new_tokens, run.target.config.context - len(prompt))
+        texts.append(PlainText.read(run.target, prompt, new, room, sampler))
+    key = hashlib.sha256(json.dumps(found).encode()).hexdigest()[:16]
+    return Written(texts, sampler, tasks, conversations, key)
 
 
 def replayed(head, target, texts: list, sampler) -> list:
     """[tokens, cycles] of each text (texts, sizes, 2)."""
     plans = {size: plan_draft(head, *size, target) for size in SIZES}
     found = [replay(head, plans, text, sampler) for text in texts]
-    return [[[row[size].written, row[size].cycles] for size in SIZES] for row in found]
+    return [
+        [[round(row[size].written, 4), round(row[size].cycles, 4)] for size in SIZES]
+        for row in found
+    ]
 
 
-def timed(target, heads: dict) -> dict:
-    """{K: ROUNDS times the cost of a cycle with each size of draft, as [verify, draft]}."""
-    rounds, sizes = {k: [] for k in heads}, [(*size, 0) for size in SIZES]
-    for _ in range(ROUNDS):
-        for k, head in heads.items():
-            costs = size_costs(target, head, sizes)
-            cycles = [reckon(size, (1.0, 0.0), *costs) for size in sizes]
+def timed(target, heads: dict, temperature: float, length: int) -> dict:
+    """{K: ROUNDS times the cost of a cycle with each size of draft, as [verify, draft]}.
+
+    A pass is the target's, whichever head drafted: in each round all heads' passes are one.
+    """
+    rounds, sizes, names = {k: [] for k in heads}, [(*size, 0) for size in SIZES], [*heads]
+    for number in range(ROUNDS):
+        first = number % len(names)  # whose turn it is
+        found = {
+            k: size_costs(target, heads[k], sizes, temperature, length=length)
+            for k in names[first:] + names[:first]
+        }
+        all_passes = [passes for passes, _ in found.values()]
+        passes = {n: float(np.median([one[n] for one in all_passes])) for n in all_passes[0]}
+        for k, (_, drafts) in found.items():
+            cycles = [reckon(size, (1.0, 0.0), passes, drafts) for size in sizes]
             rounds[k].append([[cycle.c_verify, cycle.c_draft] for cycle in cycles])
     return rounds
 
 
-def decoded(target, heads: dict, rows: dict, texts: list) -> dict:
+def decoded(target, heads: dict, rows: dict, texts: list, stops) -> dict:
     """{K: speed over plain decoding, in turn, and what tau and costs predict}; rows: `reckoned`."""
-    seconds, produced = dict.fromkeys(["plain", *heads], 0.0), {k: [] for k in heads}
-    for text in texts:
-        for k in seconds:
-            drafts = {}
-            if k != "plain":
-                gamma, nodes = rows[k]["size"]
-                drafts = dict(head=heads[k], gamma=gamma, nodes=nodes)
-            out = generate(target, text.tokens[: text.start], text.limit, **drafts)
-            seconds[k] += out.seconds
-            if drafts:
-                produced[k] += out.produced
-    found = {}
+    seconds, produced = {k: [] for k in ["plain", *heads]}, {k: [] for k in heads}
+    drafts = {"plain": {}}
+    for k, head in heads.items():
+        gamma, nodes = rows[k]["size"]
+        drafts[k] = dict(head=head, gamma=gamma, nodes=nodes)
+    names = [*seconds]
+    for number, text in enumerate([texts[0], *texts]):
+        prompt, first = text.tokens[: text.start], number % len(names)
+        for k in names[first:] + names[:first]:
+            out = generate(target, prompt, text.limit, stop_token=stops, **drafts[k])
+            if number > 0:  # the first one only warms up
+                seconds[k].append(out.seconds)
+                if k in heads:
+                    produced[k] += out.produced
+    found, plain = {}, sum(seconds["plain"])
     for k, row in rows.items():
-        tau, speedup = float(np.mean(produced[k])), seconds["plain"] / seconds[k]
+        tau, speedup = float(np.mean(produced[k])), plain / sum(seconds[k])
         predicted = tau / (row["verify"] + row["draft"])
-        found[k] = {"tau": tau, "speedup": speedup, "predicted": predicted}
+        found[k] = {"tau": tau, "speedup": speedup, "predicted": predicted, "seconds": seconds[k]}
     return found
 
 
@@ -183,105 +226,143 @@ def speeds(counts: np.ndarray, costs: np.ndarray, more: float) -> np.ndarray:
     return taus(counts) / (verify + draft + more * np.array([gamma for gamma, _ in SIZES]))
 
 
-def reckoned(valid: dict, test: dict, costs: dict, more: float, seed: int = 0) -> dict:
+def redrawn_taus(counts: np.ndarray, times: np.ndarray) -> np.ndarray:
+    """tau of one size with other texts (DRAWS,): counts (seeds, texts, 2), times (DRAWS, texts)."""
+    tokens, cycles = (times @ counts.sum(0)).T
+    return tokens / cycles
+
+
+def reckoned(valid: dict, test: dict, costs: dict, more: float, times: np.ndarray) -> dict:
     """Of each K: its size of draft, tau, costs and speed, and its speed over that of one layer.
 
-    valid, test: {K: counts (seeds, texts, sizes, 2)}; costs: {K: (rounds, sizes, 2)} at one depth.
+    valid, test: {K: counts (seeds, texts, sizes, 2)}; costs: {K: (rounds, sizes, 2)} at one depth;
+    times: how often each draw of the bootstrap holds each test text (DRAWS, texts).
     """
-    rows, generator = {}, np.random.default_rng(seed)
-    size = {k: int(speeds(valid[k], costs[k], more).argmax()) for k in valid}
-    seeds, texts = test["1"].shape[:2]
-    draws = {k: [] for k in test}
-    for _ in range(DRAWS):
-        s, t = generator.integers(seeds, size=seeds), generator.integers(texts, size=texts)
-        r = generator.integers(ROUNDS, size=ROUNDS)
-        for k in test:
-            counts = test[k][s][:, t][:, :, [size[k]]]
-            cost = np.median(costs[k][r][:, size[k]], 0)
-            tau = float(counts[..., 0].sum() / counts[..., 1].sum())
-            draws[k].append([tau, tau / (cost.sum() + more * SIZES[size[k]][0])])
-    draws = {k: np.array(row) for k, row in draws.items()}
+    rows, speed, by_seed, redrawn = {}, {}, {}, {}
+    rounds = np.random.default_rng(0).integers(ROUNDS, size=(DRAWS, ROUNDS))
+    for k, counts in test.items():
+        size = int(speeds(valid[k], costs[k], more).argmax())
+        gamma, own = SIZES[size][0], counts[:, :, size]
+        verify, draft = np.median(costs[k], 0)[size]
+        cost = np.median(costs[k][rounds, size], 1).sum(-1) + more * gamma  # (DRAWS,)
+        tau, drawn = taus(counts)[size], redrawn_taus(own, times)
+        each = own.sum(1)[:, 0] / own.sum(1)[:, 1]  # tau of each seed
+        by_seed[k], redrawn[k] = each / (verify + draft + more * gamma), drawn / cost
+        speed[k] = tau / (verify + draft + more * gamma)
+        rows[k] = {"size": SIZES[size], "tau": tau, "tau_interval": combined(tau, drawn, each)}
+        rows[k] |= {"verify": verify, "draft": draft, "speed": speed[k]}
+        rows[k]["speed_interval"] = combined(speed[k], redrawn[k], by_seed[k])
     for k in test:
-        verify, draft = np.median(costs[k], 0)[size[k]]
-        speed, tau = speeds(test[k], costs[k], more)[size[k]], taus(test[k])[size[k]]
-        rows[k] = {"size": SIZES[size[k]], "tau": tau, "verify": verify, "draft": draft}
-        rows[k] |= {"speed": speed, "speed_interval": percentiles(draws[k][:, 1])}
-        rows[k]["net"] = speed / speeds(test["1"], costs["1"], more)[size["1"]]
-        rows[k]["net_interval"] = percentiles(draws[k][:, 1] / draws["1"][:, 1])
+        both = min(len(by_seed[k]), len(by_seed["1"]))  # seeds, the first of each
+        net, each = speed[k] / speed["1"], by_seed[k][:both] / by_seed["1"][:both]
+        rows[k] |= {"net": net, "net_interval": combined(net, redrawn[k] / redrawn["1"], each)}
     return rows
 
 
-def tau_ratios(test: dict, seed: int = 0) -> dict:
+def tau_ratios(test: dict, times: np.ndarray) -> dict:
     """tau of K layers over that of one, at each size, with intervals over seeds and texts."""
-    generator, (seeds, texts) = np.random.default_rng(seed), test["1"].shape[:2]
-    draws = []
-    for _ in range(DRAWS):
-        s, t = generator.integers(seeds, size=seeds), generator.integers(texts, size=texts)
-        draws.append({k: taus(counts[s][:, t]) for k, counts in test.items()})
-    return {
-        k: [
-            [float(ratio), *percentiles(np.array([d[k][i] / d["1"][i] for d in draws]))]
-            for i, ratio in enumerate(taus(test[k]) / taus(test["1"]))
-        ]
-        for k in test
-        if k != "1"
-    }
+    found = {}
+    for k, counts in test.items():
+        both = min(len(counts), len(test["1"]))
+        pair = counts[:both], test["1"][:both]
+        by_seed = [[taus(part[[seed]]) for seed in range(both)] for part in pair]
+        by_seed = np.divide(*by_seed)  # (seeds, sizes)
+        found[k] = []
+        for i, ratio in enumerate(np.divide(*map(taus, pair))):
+            redrawn = np.divide(*(redrawn_taus(part[:, :, i], times) for part in pair))
+            found[k].append([float(ratio), *combined(ratio, redrawn, by_seed[:, i])])
+    return {k: rows for k, rows in found.items() if k != "1"}
 
 
 def measured(config: DepthConfig, run_folder: Path, cells: dict) -> dict:
-    """Heads of these cells {K: cell} beside a run's target: counts, costs, and what follows."""
-    shared = dict(head_tokens=config.head_tokens, device=config.device)
-    asked = AblationConfig(cells=[*cells.values()], seeds=[*config.seeds], **shared)
-    _, folder, fingerprint = train_cells(asked, run_folder, "depth")
+    """Heads of these cells {K: cell} beside a run's target: counts, costs, and what follows.
+
+    The wide layer, no K of its own, has two seeds.
+    """
+    seeds = {k: config.seeds[:2] if k in WIDE else config.seeds for k in cells}
+    for k, cell in cells.items():
+        shared = dict(head_tokens=config.head_tokens, device=config.device)
+        asked = AblationConfig(cells=[cell], seeds=[*seeds[k]], **shared)
+        _, folder, target_print = train_cells(asked, run_folder, "depth")
     target, _, encoding = load(run_folder, None, config.device, config.dtype)
+    run = Loaded(run_folder, target, encoding)
 
     def head_of(k: str, seed: int):
-        return load_head(folder / f"{cells[k]}-seed{seed}.pt", target, fingerprint)
+        return load_head(folder / f"{cells[k]}-seed{seed}.pt", target, target_print)
 
     # tau.
-    loaded, counts = (run_folder, target, encoding), {}
+    counts, texts, times = {}, {}, {}
     for temperature in (0.0, 1.0):
         for split in ("valid", "test"):
             kind = f"{kind_of(temperature)}-{split}"
-            texts, sampler = texts_of(config, split, temperature, folder, *loaded)
+            found = texts[kind] = texts_of(config, split, temperature, folder, run)
+            samples = [{"conversation": number} for number in found.conversations]
+            times[kind] = draw(samples, np.ones(len(samples), dtype=bool), seed=0)
             counts[kind] = {}
             for k, cell in cells.items():
                 rows = []
-                for seed in config.seeds:
-                    where = folder / f"taus-{cell}-seed{seed}-{kind}.json"
-                    rows.append(kept(where, replayed, head_of(k, seed), target, texts, sampler))
-                    print(f"{cell}, seed {seed}, {kind}: {len(texts)} texts", flush=True)
+                for seed in seeds[k]:
+                    head, where = head_of(k, seed), folder / f"taus-{cell}-seed{seed}-{kind}.json"
+                    key = {"head": fingerprint(head), "texts": found.key, "sizes": SIZES}
+                    replay_it = head, target, found.texts, found.sampler
+                    rows.append(kept(where, run.key() | key, replayed, *replay_it))
+                    print(f"{cell}, seed {seed}, {kind}: {len(found.texts)} texts", flush=True)
                 counts[kind][k] = np.array(rows)
 
     # Costs, and some decoding to check them by.
-    costs, checks = {}, {}
-    texts, _ = texts_of(config, "test", 0.0, folder, *loaded)
+    costs, checks, kinds = {}, {}, {"greedy": 0.0, "sampled": 1.0}
+    greedy = texts["greedy-test"]
+    length = round(np.mean([text.start + text.limit / 2 for text in greedy.texts]))
+    stops = None if target.chat is None else target.chat.stops
     for depth in config.depths:
         deep = padded(target, depth)
         heads = {k: beside(head_of(k, config.seeds[0]), deep) for k in cells}
-        found = kept(folder / f"costs-{depth}.json", timed, deep, heads)
-        costs[str(depth)] = {k: np.array(rounds) for k, rounds in found.items()}
-        print(f"costs at {depth} layers", flush=True)
-        rows = reckoned(counts["greedy-valid"], counts["greedy-test"], costs[str(depth)], 0.0)
-        decode = deep, heads, rows, texts[: config.check_texts]
-        checks[str(depth)] = kept(folder / f"decoded-{depth}.json", decoded, *decode)
+        key = run.key() | {"heads": [fingerprint(head) for head in heads.values()]}
+        key |= {"device": describe_device(target.embed.weight.device), "length": length}
+        timing = key | {"sizes": SIZES, "rounds": ROUNDS}
+        for kind, temperature in kinds.items():
+            job = deep, heads, temperature, length
+            found = kept(folder / f"costs-{kind}-{depth}.json", timing, timed, *job)
+            costs[kind, depth] = {k: np.array(rounds) for k, rounds in found.items()}
+            print(f"costs at {depth} layers, {kind}", flush=True)
+        both = counts["greedy-valid"], counts["greedy-test"]
+        rows = reckoned(*both, costs["greedy", depth], 0.0, times["greedy-test"])
+        some = greedy.texts[: config.check_texts]
+        key |= {"texts": greedy.key, "count": len(some), "rows": {k: rows[k]["size"] for k in rows}}
+        where, job = folder / f"decoded-{depth}.json", (deep, heads, rows, some, stops)
+        checks[str(depth)] = kept(where, key, decoded, *job)
         print(f"decoded at {depth} layers: {checks[str(depth)]}", flush=True)
-    kinds = ("greedy", "sampled")
+    table = []
+    for (kind, depth), cost in costs.items():
+        valid, test = counts[f"{kind}-valid"], counts[f"{kind}-test"]
+        tasks = np.array(texts[f"{kind}-test"].tasks)
+        for more in MORE:
+            rows = reckoned(valid, test, cost, more, times[f"{kind}-test"])
+            table.append({"kind": kind, "depth": depth, "more": more, "heads": rows})
+        for task in sorted(set(tasks)):
+            use = tasks == task
+            part = {k: found[:, use] for k, found in test.items()}
+            if use.sum() >= FEW:
+                samples = [{"conversation": n} for n in texts[f"{kind}-test"].conversations]
+                drawn = draw(samples, use, seed=0)[:, use]
+                row = {"kind": kind, "depth": depth, "more": 0.0, "task": task}
+                row |= {"texts": int(use.sum())}
+                table.append(row | {"heads": reckoned(valid, part, cost, 0.0, drawn)})
     return {
         "layers": len(target.blocks),
         "device": describe_device(target.embed.weight.device),
         "dtype": str(target.embed.weight.dtype).removeprefix("torch."),
+        "texts": {kind: len(found.texts) for kind, found in texts.items()},
         "counts": {kind: {k: v.tolist() for k, v in rows.items()} for kind, rows in counts.items()},
-        "costs": {d: {k: v.tolist() for k, v in rows.items()} for d, rows in costs.items()},
-        "decoded": checks,
-        "tau_ratios": {kind: tau_ratios(counts[f"{kind}-test"]) for kind in kinds},
-        "table": [
-            {"kind": kind, "depth": int(depth), "more": more, "heads": rows}
-            for kind in kinds
-            for more in MORE
-            for depth, cost in costs.items()
-            for rows in [reckoned(counts[f"{kind}-valid"], counts[f"{kind}-test"], cost, more)]
+        "costs": [
+            {"kind": kind, "depth": depth, "cycles": {k: v.tolist() for k, v in cost.items()}}
+            for (kind, depth), cost in costs.items()
         ],
+        "decoded": checks,
+        "tau_ratios": {
+            kind: tau_ratios(counts[f"{kind}-test"], times[f"{kind}-test"]) for kind in kinds
+        },
+        "table": table,
     }
 
 
@@ -295,22 +376,28 @@ def main() -> None:
     depths = config.depths or [layers * times for times in (TIMES if small else (1,))]
     if min(depths) < layers:  # before anything is trained
         raise UserError(f"--depths {min(depths)}: the target has {layers} layers of its own")
-    cells, real = CELLS, {"runs": {}, "bits": {}}
+    if not small and not (results_folder(run_folder) / "conversations").is_dir():
+        raise UserError(
+            f"beside {run_folder} no text lies that heads could learn from: make a run of your own "
+            "with train.py --target, and give it as --out_dir"
+        )
+    result = {"config": asdict(config), "sizes": SIZES, "bits": {}, "real": {}}
+    result |= measured(replace(config, depths=depths), run_folder, CELLS | WIDE if small else CELLS)
+
+    def keep() -> None:
+        write_json(folder / "depth.json", origin() | result)
+        plot_depth(result, folder / "depth.png")
+
+    keep()
     if small:
-        cells = CELLS | WIDE
-        real = kept(folder / "real.json", real_targets, run_folder, folder, config.device)
-    for name, value in real["bits"].items():
-        print(f"{name}: {value:.3f} bits per byte", flush=True)
-    result = {"config": asdict(config), "sizes": SIZES, "bits": real["bits"]}
-    result |= measured(replace(config, depths=depths), run_folder, cells)
-    half = dict(seeds=config.seeds[:2], head_tokens=config.head_tokens // 2)
-    half |= dict(test_texts=max(2, config.test_texts // 2))
-    result["real"] = {
-        depth: measured(replace(config, **half, depths=[int(depth)]), folder / name, CELLS)
-        for depth, name in real["runs"].items()
-    }
-    write_json(folder / "depth.json", origin() | result)
-    plot_depth(result, folder / "depth.png")
+        key = {"target": checkpoint["fingerprint"]}
+        real = kept(folder / "real.json", key, real_targets, run_folder, folder, config.device)
+        result["bits"] = real["bits"]
+        two = replace(config, seeds=config.seeds[:2])
+        for depth, name in real["runs"].items():
+            it = measured(replace(two, depths=[int(depth)]), folder / name, CELLS)
+            result["real"][depth] = it
+            keep()
     minutes = (time.monotonic() - begin) / 60
     print(f"\n{depth_table(result)}\n\nwritten: {folder}/depth.json, .png in {minutes:.1f} min")
 

@@ -167,7 +167,7 @@ def plot_depth(result: dict, path: Path) -> None:
     """Net speed of K layers against one, by the target's depth, each K with its own draft.
 
     Lines: a padded target; dashed, where each draft step costs the most besides its layers.
-    Diamonds: targets whose depth is real.
+    Diamonds: targets whose depth is real. Crosses: some texts, decoded.
     """
     kinds = list(dict.fromkeys(row["kind"] for row in result["table"]))
     most, real = max(row["more"] for row in result["table"]), result["real"].values()
@@ -175,6 +175,7 @@ def plot_depth(result: dict, path: Path) -> None:
 
     def draw(axis, table: list, layers: str, more: float, line: str, color: str, label: str):
         rows = [row for row in table if (row["kind"], row["more"]) == (kind, more)]
+        rows = [row for row in rows if "task" not in row]
         depths, found = [row["depth"] for row in rows], [row["heads"][layers] for row in rows]
         net = np.array([f["net"] for f in found])
         low, high = np.abs(np.array([f["net_interval"] for f in found]).T - net)
@@ -186,19 +187,25 @@ def plot_depth(result: dict, path: Path) -> None:
         ticks = set()
         for color, layers in (("teal", "2"), ("mediumvioletred", "3")):
             name = f"K = {layers}"
-            ticks.update(draw(axis, result["table"], layers, 0.0, "o-", color, name))
-            dear = f"{name}, a draft step costs {most:g} more"
+            ticks.update(draw(axis, result["table"], layers, 0.0, "o-", color, f"{name}, padded"))
+            if kind == "greedy":
+                checks = {int(depth): check for depth, check in result["decoded"].items()}
+                net = [
+                    check[layers]["speedup"] / check["1"]["speedup"] for check in checks.values()
+                ]
+                axis.plot([*checks], net, "x", color=color, label=f"{name}, decoded")
+            dear = f"{name}, a draft step {most:g} dearer"
             draw(axis, result["table"], layers, most, "s--", color, dear)
             rows = [row for part in real for row in part["table"]]
             if rows:
                 ticks.update(draw(axis, rows, layers, 0.0, "D", color, f"{name}, real depth"))
         axis.axhline(1.0, color="gray", linestyle="--")
         axis.axhline(REPORTED, color="gray", linestyle=":")
-        axis.set(title=kind, xlabel="layers of the target", xscale="log")
+        axis.set(title=kind, xlabel="layers of the target (padded beyond its own)", xscale="log")
         axis.set_xticks(sorted(ticks), [str(depth) for depth in sorted(ticks)])
         axis.minorticks_off()
     axes[0, 0].set_ylabel("speed against one layer (bar: 95 %)")
-    axes[0, 0].plot([], [], ":", color="gray", label="the least gain that KOALA reports")
+    axes[0, 0].plot([], [], ":", color="gray", label="KOALA's least gain")
     figure.legend(loc="outside lower center", ncols=3)
     figure.savefig(path)
     plt.close(figure)

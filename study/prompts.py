@@ -253,7 +253,8 @@ def choose_prompts(config, target, candidates: list) -> tuple[list, dict]:
 
     def plain_text(number: int, task: str, prompt: list[int]) -> list[int]:
         check_prompt(target.config, prompt)
-        tokens = generate(target, prompt, seed=config.seed, **request_of(config, target)).tokens
+        seed = config.seed + number  # or all drawn texts would follow the same uniforms
+        tokens = generate(target, prompt, seed=seed, **request_of(config, target)).tokens
         # Two tokens are one cycle at least; a shorter text says nothing about decoding.
         if len(tokens) > 2:
             (loops if is_loop(tokens) else free).append(Prompt(task, prompt, number, tokens))

@@ -14,7 +14,7 @@ import numpy as np
 
 from drafts import ALONE, COPIED, GAMMA, MATCH
 from plumbing.files import load_checkpoint
-from study.plots import plot_bench, plot_foresight, plot_gain, plot_labels
+from study.plots import plot_bench, plot_depth, plot_foresight, plot_gain, plot_labels
 from study.statistics import evaluate
 from targets.loading import SIZES, TRAINED
 
@@ -121,15 +121,16 @@ def foresight_table(result: dict) -> str:
 
 def depth_table(result: dict) -> str:
     """Where K layers pay, by the target's depth: a run of study/depth.py."""
-    rows, besides = [], sorted({row["more"] for row in result["table"]})
+    rows, nets, besides = [], [], sorted({row["more"] for row in result["table"]})
     for part in [result, *result["real"].values()]:
-        found = {(row["kind"], row["depth"], row["more"]): row["heads"] for row in part["table"]}
+        whole = [row for row in part["table"] if "task" not in row]
+        found = {(row["kind"], row["depth"], row["more"]): row["heads"] for row in whole}
         for (kind, depth, more), heads in found.items():
             if more:
                 continue
-            shown = f"{depth}" if depth == part["layers"] else f"{depth}, padded"
             for layers, f in heads.items():
-                row = [kind, shown, layers, size_name(*f["size"]), f"{f['tau']:.2f}"]
+                row = [kind, depth_name(part, depth), layers, size_name(*f["size"])]
+                row += [with_interval(f["tau"], f["tau_interval"])]
                 row += [f"{f['verify']:.2f} + {f['draft']:.2f}"]
                 row += [with_interval(f["speed"], f["speed_interval"], unit="x")]
                 check = part["decoded"][str(depth)][layers]
@@ -138,9 +139,56 @@ def depth_table(result: dict) -> str:
                 each = [found[kind, depth, other][layers] for other in besides]
                 row += [with_interval(f["net"], f["net_interval"], 3) for f in each]
                 rows.append(row)
+        nets += [nets_row(part, row) for row in part["table"] if "task" in row or not row["more"]]
     header = "decoding | target's layers | K | its draft | tau | c_verify + c_draft | "
-    nets = [f"net speed, {m:g} more a draft step" if m else "net speed" for m in besides]
-    return table(" | ".join([header + "speed | decoded / predicted", *nets]), rows)
+    shown = [f"net speed, {m:g} more a draft step" if m else "net speed" for m in besides]
+    blocks = [table(" | ".join([header + "speed | decoded / predicted", *shown]), rows)]
+    shown = [i for i, (_, nodes) in enumerate(result["sizes"]) if nodes or i % 2]
+    header = "decoding | tau against one layer, of | "
+    header += " | ".join(size_name(*result["sizes"][i]) for i in shown)
+    rows = [
+        [kind, k, *(with_interval(ratios[i][0], ratios[i][1:], 3) for i in shown)]
+        for kind, found in result["tau_ratios"].items()
+        for k, ratios in found.items()
+    ]
+    blocks.append(table(header, rows))
+    header = "decoding | texts | target's layers | best K | net speed of two layers | of three"
+    blocks.append(table(header, nets))
+    blocks.append("\n".join(crossovers(result)))
+    bits = [f"{name} {value:.3f}" for name, value in result["bits"].items()]
+    blocks += ["Bits per byte of held-out text: " + ", ".join(bits) + "."] if bits else []
+    return "\n\n".join(blocks)
+
+
+def depth_name(part: dict, depth: int) -> str:
+    return f"{depth}" if depth == part["layers"] else f"{depth}, padded"
+
+
+def nets_row(part: dict, row: dict) -> list:
+    """The fastest K, and the others against one layer, of all texts or of those of a task."""
+    heads, kind = {k: f for k, f in row["heads"].items() if k != "wide"}, row["kind"]
+    texts = row.get("texts", part["texts"][f"{kind}-test"])
+    best = max(heads, key=lambda k: heads[k]["speed"])
+    cells = [kind, f"{row.get('task', 'all')} ({texts})", depth_name(part, row["depth"]), best]
+    return cells + [with_interval(heads[k]["net"], heads[k]["net_interval"], 3) for k in ("2", "3")]
+
+
+def crossovers(result: dict) -> list[str]:
+    """Where a second layer begins to pay, a line for each kind of text and cost of a draft step."""
+    lines, found = [], {}
+    for row in result["table"]:
+        if "task" not in row:
+            bounds = row["depth"], *row["heads"]["2"]["net_interval"]
+            found.setdefault((row["kind"], row["more"]), []).append(bounds)
+    for (kind, more), rows in found.items():
+        slower = [depth for depth, low, high in rows if high < 1]
+        faster = [depth for depth, low, high in rows if low > 1]
+        between = [depth for depth, low, high in rows if low <= 1 <= high]
+        parts = [("slower than one at", slower), ("undecided at", between), ("faster at", faster)]
+        told = [f"{words} {', '.join(map(str, depths))}" for words, depths in parts if depths]
+        besides = f", a draft step {more:g} dearer" if more else ""
+        lines.append(f"- Two layers, {kind}{besides}: {'; '.join(told)} layers (padded).")
+    return lines
 
 
 def overhead_table(result: dict) -> str:
@@ -362,6 +410,8 @@ def main() -> None:
     if there:
         found = {title: read_result(name) for name, title in there.items()}
         plot_foresight(found, RESULTS / "foresight.png")
+    if is_result("depth-cpu"):
+        plot_depth(read_result("depth-cpu"), RESULTS / "depth.png")
     for name in ("cpu-greedy", "smollm2-greedy", "smollm2-four"):
         plot_bench(read_result(name), RESULTS / f"{name}.png")
 

@@ -21,7 +21,7 @@ from plumbing.cli import UserError, option, parse, run
 from plumbing.files import write_json
 from plumbing.machine import describe_device, origin
 from recipe import in_order
-from study.prompts import check_prompts, choose_prompts, held_out_text, load_prompts
+from study.prompts import Prompt, check_prompts, choose_prompts, held_out_text, load_prompts
 from study.replay import Follower, PlainText, replay
 from targets.loading import SIZES, WHICH_RUN, find_run, load, load_heads, results_folder
 from targets.outputs import is_loop
@@ -57,8 +57,8 @@ class Texts:
         return {"max_new_tokens": self.max_new_tokens, "temperature": self.temperature}
 
 
-def plain_texts(asked: Texts, folder, target, encoding) -> tuple[list[PlainText], Follower]:
-    """Texts that the target wrote alone and that do not end in loops, and a sampler for replays."""
+def free_prompts(asked: Texts, folder, target, encoding) -> list[Prompt]:
+    """Prompts whose text, written by the target alone, does not end in a loop."""
     held_out = held_out_text(target.about, asked.split)
     candidates = load_prompts(asked, folder, target, held_out, encoding)
     check_prompts(asked, target, max(CHAINS), candidates)
@@ -66,6 +66,12 @@ def plain_texts(asked: Texts, folder, target, encoding) -> tuple[list[PlainText]
     prompts = [prompt for prompt in prompts if not is_loop(prompt.plain)]
     if not prompts:
         raise UserError("every text ends in a loop: there is nothing to measure with")
+    return prompts
+
+
+def plain_texts(asked: Texts, folder, target, encoding) -> tuple[list[PlainText], Follower]:
+    """Texts that the target wrote alone and that do not end in loops, and a sampler for replays."""
+    prompts = free_prompts(asked, folder, target, encoding)
     sampler, texts = Follower(target.embed.weight.device, asked.temperature, seed=0), []
     for prompt in prompts:
         room = min(asked.max_new_tokens, target.config.context - len(prompt.tokens))

@@ -16,14 +16,13 @@ from study import ablation
 from study.ablation import (
     CELLS,
     GAMES,
-    STUDENT,
     TEMPERATURES,
     AblationConfig,
     cell_config,
     control_of,
     recipe_of,
-    student_interval,
 )
+from study.statistics import STUDENT, student_interval
 from targets.runs import load_target, settings_of
 from train import HeadTraining, new_training
 

@@ -11,7 +11,9 @@ from toys import tiny_head, tiny_target
 from speculate import generate
 from study import deeper, depth
 from study.deeper import with_layers
-from study.depth import ROUNDS, SIZES, beside, padded, reckoned, tau_ratios
+from study.depth import ROUNDS, SIZES, beside, kept, padded, reckoned, replayed, tau_ratios, timed
+from study.replay import Follower, PlainText
+from study.statistics import DRAWS, combined, draw
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
@@ -22,9 +24,11 @@ def test_a_padded_target_is_bit_for_bit_the_same(dtype):
     assert len(deep.blocks) == 7 > len(target.blocks)
     assert deep(tokens).equal(target(tokens))
     assert deep.lm_head(deep(tokens)).equal(target.lm_head(target(tokens)))
-    cache = deep.new_cache(12)
-    deep(tokens[:, :9], cache)
-    assert deep(tokens[:, 9:], cache).dtype == dtype and cache.keys.shape[0] == 7
+    caches = [model.new_cache(12) for model in (deep, target)]
+    states = [model(tokens[:, :9], cache) for model, cache in zip((deep, target), caches)]
+    states += [model(tokens[:, 9:], cache) for model, cache in zip((deep, target), caches)]
+    assert states[0].equal(states[1]) and states[2].equal(states[3])
+    assert states[2].dtype == dtype and caches[0].keys.shape[0] == 7
 
 
 def test_a_head_decodes_alike_beside_a_padded_target():
@@ -34,6 +38,18 @@ def test_a_head_decodes_alike_beside_a_padded_target():
     ours = generate(deep, [1, 2], 20, head=beside(head, deep), **request)
     theirs = generate(target, [1, 2], 20, head=head, **request)
     assert ours.tokens == theirs.tokens and ours.produced == theirs.produced
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_head_is_replayed_alike_beside_a_padded_target(temperature):
+    target = tiny_target(seed=2)
+    head, deep, counts = tiny_head("eagle", 2, target, steps=40), padded(target, 5), []
+    new = generate(target, [1, 2], 18, temperature=temperature).tokens
+    for model, its in ((target, head), (deep, beside(head, deep))):
+        sampler = Follower(torch.device("cpu"), temperature, seed=0)
+        text = PlainText.read(model, [1, 2], new, 18, sampler)
+        counts.append(replayed(its, model, [text], sampler))
+    assert counts[0] == counts[1] and np.array(counts).shape == (2, 1, len(SIZES), 2)
 
 
 def test_layers_are_stacked_in_order_and_taken_away_again():
@@ -60,13 +76,51 @@ def costs_of(verify: float, draft: float) -> np.ndarray:
     return np.broadcast_to(row, (ROUNDS, *row.shape)).copy()
 
 
+def times_of(texts: int) -> np.ndarray:
+    samples = [{"conversation": number} for number in range(texts)]
+    return draw(samples, np.ones(texts, dtype=bool), seed=0)
+
+
+def test_a_cycles_cost_is_the_targets_pass_and_the_heads_draft(monkeypatch):
+    """The pass is the median of what all heads' rounds say of it; the heads take turns to begin."""
+    asked = []
+
+    def costs(target, head, sizes, temperature, length):
+        asked.append((head, temperature, length))
+        passes = {n: 1 + 0.1 * n * (head + 1) for n in (1, 2, 4, 8, 16, 32)}
+        return passes, {(g, n > 0): 0.5 * g * (head + 1) for g, n, _ in sizes}
+
+    monkeypatch.setattr(depth, "size_costs", costs)
+    rounds = timed(None, {"1": 0, "2": 1, "3": 2}, 1.0, 77)
+    for k, found in rounds.items():
+        assert len(found) == ROUNDS
+        for (gamma, nodes), (verify, draft) in zip(SIZES, found[0]):
+            assert verify == pytest.approx(1 + 0.2 * ((nodes or gamma) + 1))
+            assert draft == pytest.approx(0.5 * gamma * int(k))
+    assert [head for head, *_ in asked[:9]] == [0, 1, 2, 1, 2, 0, 2, 0, 1]
+    assert {(temperature, length) for _, temperature, length in asked} == {(1.0, 77)}
+
+
+def test_what_was_made_under_other_settings_is_made_again(tmp_path):
+    made = []
+
+    def make(value):
+        made.append(value)
+        return [value]
+
+    path = tmp_path / "new" / "it.json"
+    assert kept(path, {"size": (1, 2)}, make, 1) == [1] == kept(path, {"size": (1, 2)}, make, 2)
+    assert kept(path, {"size": (1, 3)}, make, 3) == [3] == kept(path, {"size": (1, 3)}, make, 4)
+    assert made == [1, 3]
+
+
 def test_each_k_takes_its_own_size_by_validation_and_is_judged_by_test_texts():
     """A chain of g writes 1 + g a tokens, a = 0.5 for one layer, 0.6 for two; trees write one."""
     tau = {k: [1 + a * g if n == 0 else 1.0 for g, n in SIZES] for k, a in (("1", 0.5), ("2", 0.6))}
     valid = {k: counts_of(row) for k, row in tau.items()}
     test = {k: counts_of([t + 0.1 for t in row]) for k, row in tau.items()}
     costs = {"1": costs_of(0.05, 0.1), "2": costs_of(0.05, 0.5)}
-    rows = reckoned(valid, test, costs, more=0.0)
+    rows = reckoned(valid, test, costs, 0.0, times_of(3))
     # One layer: (1 + 0.5 g) / (1 + 0.15 g) rises to a chain of 10; two: / (1 + 0.55 g), from 1 on.
     assert rows["1"]["size"] == (10, 0) and rows["2"]["size"] == (10, 0)
     assert rows["1"]["speed"] == pytest.approx(6.1 / 2.5) and rows["1"]["net"] == 1.0
@@ -74,7 +128,11 @@ def test_each_k_takes_its_own_size_by_validation_and_is_judged_by_test_texts():
     assert rows["2"]["net"] == pytest.approx((7.1 / 6.5) / (6.1 / 2.5))
     assert rows["2"]["net_interval"] == pytest.approx([rows["2"]["net"]] * 2)
     # With 0.3 more a step two layers earn nothing by a longer chain: (1 + 0.6 g) / (1 + 0.85 g).
-    assert reckoned(valid, test, costs, more=0.3)["2"]["size"] == (1, 0)
+    rows = reckoned(valid, test, costs, 0.3, times_of(3))
+    assert rows["2"]["size"] == (1, 0) and rows["1"]["size"] == (10, 0)
+    assert rows["2"]["speed"] == pytest.approx(1.7 / (1.55 + 0.3))
+    assert rows["2"]["net"] == pytest.approx((1.7 / 1.85) / (6.1 / (2.5 + 3.0)))
+    assert rows["2"]["net_interval"] == pytest.approx([rows["2"]["net"]] * 2)
 
 
 def test_intervals_hold_seeds_texts_and_timings():
@@ -91,12 +149,42 @@ def test_intervals_hold_seeds_texts_and_timings():
             axis = np.array([0.8, 1.2]) if what == "seeds" else np.array([0.8, 1.0, 1.2])
             shape = (2, 1, 1) if what == "seeds" else (1, 3, 1)
             test["2"][..., 0] *= axis.reshape(shape)
-        rows = reckoned({k: counts_of(flat) for k in ("1", "2")}, test, costs, 0.0)
+        valid = {k: counts_of(flat) for k in ("1", "2")}
+        rows = reckoned(valid, test, costs, 0.0, times_of(3))
         low, high = rows["2"]["net_interval"]
-        assert low < 0.99 * rows["2"]["net"] or high > 1.01 * rows["2"]["net"], what
-        ratio, low, high = tau_ratios(test)["2"][0]
+        assert low < 0.99 * rows["2"]["net"] and high > 1.01 * rows["2"]["net"], what
+        ratio, low, high = tau_ratios(test, times_of(3))["2"][0]
         assert ratio == pytest.approx(1.0)
         assert (high - low > 0.1) == (what != "timings")
+        # Both vary alike: they are compared on the same seeds, texts and rounds.
+        test["1"], costs["1"] = test["2"], costs["2"]
+        rows = reckoned(valid, test, costs, 0.0, times_of(3))
+        assert rows["2"]["net_interval"] == pytest.approx([1.0, 1.0])
+        assert rows["2"]["speed_interval"][1] > 1.01 * rows["2"]["speed"]
+        assert tau_ratios(test, times_of(3))["2"][0] == pytest.approx([1.0, 1.0, 1.0])
+
+
+def test_the_turns_of_a_conversation_are_drawn_together():
+    """Two texts of one conversation that vary alike are worth one; apart they are worth two."""
+    test = {k: counts_of([2.0] * len(SIZES), texts=4) for k in ("1", "2")}
+    test["2"][..., 0] *= np.array([0.8, 0.8, 1.2, 1.2]).reshape(1, 4, 1)
+    widths = []
+    for conversations in ([0, 1, 2, 3], [0, 0, 1, 1]):
+        samples = [{"conversation": number} for number in conversations]
+        _, low, high = tau_ratios(test, draw(samples, np.ones(4, dtype=bool), 0))["2"][0]
+        widths.append(np.log(high / low))
+    assert widths[1] == pytest.approx(2**0.5 * widths[0], rel=0.1)
+
+
+def test_an_interval_of_two_sources():
+    """Of five seeds Student's, 2.78 standard errors; of texts 1.96 standard deviations."""
+    logs = np.array([-0.2, -0.1, 0.0, 0.1, 0.2])
+    redrawn = np.exp(np.random.default_rng(0).normal(0, 0.1, DRAWS))
+    seeds, texts = 2.78 * logs.std(ddof=1) / 5**0.5, 1.96 * np.log(redrawn).std()
+    low, high = combined(3.0, redrawn, np.exp(logs))
+    assert np.log([3 / low, high / 3]) == pytest.approx(np.hypot(seeds, texts))
+    low, high = combined(3.0, redrawn, np.exp(logs[:1]))  # of one seed nothing is known
+    assert np.log([3 / low, high / 3]) == pytest.approx(texts)
 
 
 def test_less_than_its_own_layers_is_refused_before_anything_is_trained(tiny_run, tmp_path, call):
@@ -124,14 +212,21 @@ def test_one_command_measures_it_all_and_goes_on(tiny_run, tmp_path, call, monke
     folder = run / "depth"
     result = json.loads((folder / "depth.json").read_text())
     bits, real = result["bits"], result["real"]
-    kept = bits["twice"] < bits["own, trained on"]
-    assert list(real) == (["1", "2"] if kept else ["1"])
+    assert list(real) == (["1", "2"] if bits["twice"] < bits["own, trained on"] else ["1"])
     assert np.array(real["1"]["counts"]["greedy-test"]["3"]).shape[0] == 2
     seeds, texts, *rest = np.array(result["counts"]["greedy-test"]["2"]).shape
     assert (seeds, rest) == (2, [3, 2]) and texts >= 2
-    assert np.array(result["costs"]["5"]["3"]).shape == (2, 3, 2)
-    assert result["decoded"]["5"]["1"]["speedup"] > 0
-    assert len(result["table"]) == 2 * 3 * 2
+    costs = {(row["kind"], row["depth"]): row["cycles"] for row in result["costs"]}
+    assert [*costs] == [("greedy", 3), ("sampled", 3), ("greedy", 5), ("sampled", 5)]
+    assert np.array(costs["greedy", 5]["3"]).shape == (2, 3, 2)
+    check = result["decoded"]["5"]["1"]
+    assert len(check["seconds"]) == 1 and 1 <= check["tau"] <= 4
+    whole = [row for row in result["table"] if "task" not in row]
+    row = next(row for row in whole if (row["kind"], row["depth"]) == ("greedy", 5))
+    costs = row["heads"]["1"]["verify"] + row["heads"]["1"]["draft"]
+    assert check["predicted"] == pytest.approx(check["tau"] / costs)
+    assert len(whole) == 2 * 3 * 2
+    assert out.count("Two layers, ") == 2 * 3 and "twice, lower half alone" in out
     rows = out.split("speed, 0.3 more a draft step |\n")[1].splitlines()[1:13]
     assert [row.split(" | ")[2] for row in rows] == ["1", "2", "3", "wide"] * 3
     assert (folder / "depth.png").stat().st_size > 10_000
@@ -140,3 +235,9 @@ def test_one_command_measures_it_all_and_goes_on(tiny_run, tmp_path, call, monke
     assert status == 0 and out.count("trained already") == 8 + 6 * len(real)
     changed = {path.name for path, at in before.items() if path.stat().st_mtime_ns != at}
     assert changed == {"depth.json", "depth.png"}
+    # What an interrupt left out is made, of what there is; other texts are replayed anew.
+    (folder / "taus-eagle-k2-seed1-sampled-test.json").unlink()
+    assert call(depth.main, *argv)[0] == 0 and all(path.is_file() for path in before)
+    assert call(depth.main, *argv[:-8], "12", *argv[-7:])[0] == 0
+    names = {path.name for path, at in before.items() if path.stat().st_mtime_ns != at}
+    assert "taus-eagle-k2-seed0-greedy-test.json" in names and "eagle-k2-seed0.pt" not in names
