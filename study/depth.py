@@ -249,7 +249,11 @@ def reckoned(valid: dict, test: dict, costs: dict, more: float, times: np.ndarra
         each = own.sum(1)[:, 0] / own.sum(1)[:, 1]  # tau of each seed
         by_seed[k], redrawn[k] = each / (verify + draft + more * gamma), drawn / cost
         speed[k] = tau / (verify + draft + more * gamma)
-        rows[k] = {"size": SIZES[size], "tau": tau, "tau_interval": combined(tau, drawn, each)}
+        rows[k] = {
+            "size": list(SIZES[size]),
+            "tau": tau,
+            "tau_interval": combined(tau, drawn, each),
+        }
         rows[k] |= {"verify": verify, "draft": draft, "speed": speed[k]}
         rows[k]["speed_interval"] = combined(speed[k], redrawn[k], by_seed[k])
     for k in test:
@@ -274,6 +278,33 @@ def tau_ratios(test: dict, times: np.ndarray) -> dict:
     return {k: rows for k, rows in found.items() if k != "1"}
 
 
+def tabled(part: dict) -> dict:
+    """The figures of a target: `table` and `tau_ratios`, from its counts, costs and texts."""
+    table, ratios = [], {}
+    for row in part["costs"]:
+        kind, depth, cost = row["kind"], row["depth"], arrays(row["cycles"])
+        valid, test = (arrays(part["counts"][f"{kind}-{split}"]) for split in ("valid", "test"))
+        texts = part["texts"][f"{kind}-test"]
+        samples, tasks = [{"conversation": c} for _, c in texts], np.array([t for t, _ in texts])
+        times = draw(samples, np.ones(len(texts), dtype=bool), seed=0)
+        ratios[kind] = tau_ratios(test, times)
+        for more in MORE:
+            rows = reckoned(valid, test, cost, more, times)
+            table.append({"kind": kind, "depth": depth, "more": more, "heads": rows})
+        for task in sorted(set(tasks.tolist())):
+            use = tasks == task
+            if use.sum() >= FEW:
+                some = {k: counts[:, use] for k, counts in test.items()}
+                rows = reckoned(valid, some, cost, 0.0, draw(samples, use, seed=0)[:, use])
+                about = {"kind": kind, "depth": depth, "more": 0.0, "task": task}
+                table.append(about | {"texts": int(use.sum()), "heads": rows})
+    return {"tau_ratios": ratios, "table": table}
+
+
+def arrays(found: dict) -> dict:
+    return {k: np.array(values) for k, values in found.items()}
+
+
 def measured(config: DepthConfig, run_folder: Path, cells: dict) -> dict:
     """Heads of these cells {K: cell} beside a run's target: counts, costs, and what follows.
 
@@ -291,13 +322,11 @@ def measured(config: DepthConfig, run_folder: Path, cells: dict) -> dict:
         return load_head(folder / f"{cells[k]}-seed{seed}.pt", target, target_print)
 
     # tau.
-    counts, texts, times = {}, {}, {}
+    counts, texts = {}, {}
     for temperature in (0.0, 1.0):
         for split in ("valid", "test"):
             kind = f"{kind_of(temperature)}-{split}"
             found = texts[kind] = texts_of(config, split, temperature, folder, run)
-            samples = [{"conversation": number} for number in found.conversations]
-            times[kind] = draw(samples, np.ones(len(samples), dtype=bool), seed=0)
             counts[kind] = {}
             for k, cell in cells.items():
                 rows = []
@@ -325,45 +354,29 @@ def measured(config: DepthConfig, run_folder: Path, cells: dict) -> dict:
             found = kept(folder / f"costs-{kind}-{depth}.json", timing, timed, *job)
             costs[kind, depth] = {k: np.array(rounds) for k, rounds in found.items()}
             print(f"costs at {depth} layers, {kind}", flush=True)
-        both = counts["greedy-valid"], counts["greedy-test"]
-        rows = reckoned(*both, costs["greedy", depth], 0.0, times["greedy-test"])
+        both, once = (
+            (counts["greedy-valid"], counts["greedy-test"]),
+            np.ones((1, len(greedy.texts))),
+        )
+        rows = reckoned(*both, costs["greedy", depth], 0.0, once)
         some = greedy.texts[: config.check_texts]
         key |= {"texts": greedy.key, "count": len(some), "rows": {k: rows[k]["size"] for k in rows}}
         where, job = folder / f"decoded-{depth}.json", (deep, heads, rows, some, stops)
         checks[str(depth)] = kept(where, key, decoded, *job)
         print(f"decoded at {depth} layers: {checks[str(depth)]}", flush=True)
-    table = []
-    for (kind, depth), cost in costs.items():
-        valid, test = counts[f"{kind}-valid"], counts[f"{kind}-test"]
-        tasks = np.array(texts[f"{kind}-test"].tasks)
-        for more in MORE:
-            rows = reckoned(valid, test, cost, more, times[f"{kind}-test"])
-            table.append({"kind": kind, "depth": depth, "more": more, "heads": rows})
-        for task in sorted(set(tasks)):
-            use = tasks == task
-            part = {k: found[:, use] for k, found in test.items()}
-            if use.sum() >= FEW:
-                samples = [{"conversation": n} for n in texts[f"{kind}-test"].conversations]
-                drawn = draw(samples, use, seed=0)[:, use]
-                row = {"kind": kind, "depth": depth, "more": 0.0, "task": task}
-                row |= {"texts": int(use.sum())}
-                table.append(row | {"heads": reckoned(valid, part, cost, 0.0, drawn)})
-    return {
+    part = {
         "layers": len(target.blocks),
         "device": describe_device(target.embed.weight.device),
         "dtype": str(target.embed.weight.dtype).removeprefix("torch."),
-        "texts": {kind: len(found.texts) for kind, found in texts.items()},
+        "texts": {kind: [*zip(found.tasks, found.conversations)] for kind, found in texts.items()},
         "counts": {kind: {k: v.tolist() for k, v in rows.items()} for kind, rows in counts.items()},
         "costs": [
             {"kind": kind, "depth": depth, "cycles": {k: v.tolist() for k, v in cost.items()}}
             for (kind, depth), cost in costs.items()
         ],
         "decoded": checks,
-        "tau_ratios": {
-            kind: tau_ratios(counts[f"{kind}-test"], times[f"{kind}-test"]) for kind in kinds
-        },
-        "table": table,
     }
+    return part | tabled(part)
 
 
 def main() -> None:

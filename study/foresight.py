@@ -198,9 +198,16 @@ def along_validation(config, target, head, models, followed, folder, encoding) -
     return plans[best[:3]], trees, figures
 
 
-def pairs_of(methods: dict) -> dict:
-    """Every paying tree is compared with the best plan that exists without."""
-    return {name: ["best"] for name in methods if name != "best"}
+def figures_of(test: dict, greedy: bool) -> dict:
+    """The figures of what was decoded: every paying tree against the best plan without."""
+    measured = [test[key] for key in ("methods", "seed", "samples", "seconds", "costs")]
+    pairs = {name: ["best"] for name in test["methods"] if name != "best"}
+    figures = evaluate(*measured, pairs, greedy=greedy)
+    for name in pairs:
+        for row in (figures["heads"][name], *figures["comparisons"][name]):
+            for figure in ("predicted", *RECKONED):
+                row.pop(figure, None)
+    return figures
 
 
 def on_test(config, target, heads, best, trees: dict, folder, encoding) -> dict:
@@ -221,13 +228,8 @@ def on_test(config, target, heads, best, trees: dict, folder, encoding) -> dict:
     costs = isolated_costs(target, ready, middle, sampler)
     samples, seconds = measure(bench, target, ready, prompts)
     result = {"methods": methods, "seed": bench.seed, "samples": samples, "seconds": seconds}
-    pairs, greedy = pairs_of(methods), config.temperature == 0
-    figures = evaluate(**result, costs=costs, pairs=pairs, greedy=greedy)
-    for name in trees:
-        for row in (figures["heads"][name], *figures["comparisons"][name]):
-            for figure in ("predicted", *RECKONED):
-                row.pop(figure, None)
-    return result | {"costs": costs, "candidates": counts, "figures": figures}
+    result |= {"costs": costs, "candidates": counts}
+    return result | {"figures": figures_of(result, config.temperature == 0)}
 
 
 def main() -> None:

@@ -167,7 +167,7 @@ def depth_name(part: dict, depth: int) -> str:
 def nets_row(part: dict, row: dict) -> list:
     """The fastest K, and the others against one layer, of all texts or of those of a task."""
     heads, kind = {k: f for k, f in row["heads"].items() if k != "wide"}, row["kind"]
-    texts = row.get("texts", part["texts"][f"{kind}-test"])
+    texts = row.get("texts", len(part["texts"][f"{kind}-test"]))
     best = max(heads, key=lambda k: heads[k]["speed"])
     cells = [kind, f"{row.get('task', 'all')} ({texts})", depth_name(part, row["depth"]), best]
     return cells + [with_interval(heads[k]["net"], heads[k]["net_interval"], 3) for k in ("2", "3")]

@@ -122,14 +122,14 @@ def test_each_k_takes_its_own_size_by_validation_and_is_judged_by_test_texts():
     costs = {"1": costs_of(0.05, 0.1), "2": costs_of(0.05, 0.5)}
     rows = reckoned(valid, test, costs, 0.0, times_of(3))
     # One layer: (1 + 0.5 g) / (1 + 0.15 g) rises to a chain of 10; two: / (1 + 0.55 g), from 1 on.
-    assert rows["1"]["size"] == (10, 0) and rows["2"]["size"] == (10, 0)
+    assert rows["1"]["size"] == [10, 0] == rows["2"]["size"]
     assert rows["1"]["speed"] == pytest.approx(6.1 / 2.5) and rows["1"]["net"] == 1.0
     assert rows["2"]["speed"] == pytest.approx(7.1 / 6.5)
     assert rows["2"]["net"] == pytest.approx((7.1 / 6.5) / (6.1 / 2.5))
     assert rows["2"]["net_interval"] == pytest.approx([rows["2"]["net"]] * 2)
     # With 0.3 more a step two layers earn nothing by a longer chain: (1 + 0.6 g) / (1 + 0.85 g).
     rows = reckoned(valid, test, costs, 0.3, times_of(3))
-    assert rows["2"]["size"] == (1, 0) and rows["1"]["size"] == (10, 0)
+    assert rows["2"]["size"] == [1, 0] and rows["1"]["size"] == [10, 0]
     assert rows["2"]["speed"] == pytest.approx(1.7 / (1.55 + 0.3))
     assert rows["2"]["net"] == pytest.approx((1.7 / 1.85) / (6.1 / (2.5 + 3.0)))
     assert rows["2"]["net_interval"] == pytest.approx([rows["2"]["net"]] * 2)
@@ -226,6 +226,9 @@ def test_one_command_measures_it_all_and_goes_on(tiny_run, tmp_path, call, monke
     costs = row["heads"]["1"]["verify"] + row["heads"]["1"]["draft"]
     assert check["predicted"] == pytest.approx(check["tau"] / costs)
     assert len(whole) == 2 * 3 * 2
+    for part in (result, *real.values()):  # anyone can redo the figures
+        again = json.loads(json.dumps(depth.tabled(part)))
+        assert again == {key: part[key] for key in ("tau_ratios", "table")}
     assert out.count("Two layers, ") == 2 * 3 and "twice, lower half alone" in out
     rows = out.split("speed, 0.3 more a draft step |\n")[1].splitlines()[1:13]
     assert [row.split(" | ")[2] for row in rows] == ["1", "2", "3", "wide"] * 3

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from plumbing.cli import UserError
-from study import depth as depth_study
 from study import report
 from study.ablation import compared
-from study.foresight import pairs_of
+from study.depth import tabled
+from study.foresight import figures_of
 from study.report import DOCUMENTS, RESULTS, with_tables
 from study.statistics import evaluate, reckoned
 from targets.outputs import is_loop
@@ -101,15 +101,6 @@ def test_the_notebook_is_newest_first_and_has_an_index():
     assert set(anchors_of(ROOT / "study/LOG.md")[1:]) <= set(linked) | {"index"}
 
 
-def reckoned_by_depth(result: dict, kind: str, depth: int, more: float) -> dict:
-    """A row of the table of study/depth.py, from the counts and costs in it."""
-    parts = [result["counts"][f"{kind}-{split}"] for split in ("valid", "test")]
-    parts += [result["costs"][str(depth)]]
-    arrays = [{k: np.array(values) for k, values in part.items()} for part in parts]
-    rows = depth_study.reckoned(*arrays, more)
-    return {k: row | {"size": list(row["size"])} for k, row in rows.items()}
-
-
 def test_results_hold_every_sample_behind_their_figures():
     """The figures of each committed result are those that its own samples give."""
     for path in sorted(RESULTS.glob("*.json")):
@@ -120,17 +111,13 @@ def test_results_hold_every_sample_behind_their_figures():
             continue
         if "table" in result:  # study/depth.py
             for part in [result, *result["real"].values()]:
-                for row in part["table"]:
-                    again = reckoned_by_depth(part, row["kind"], row["depth"], row["more"])
-                    assert_same(again, row["heads"])
+                assert_same(tabled(part), {key: part[key] for key in ("tau_ratios", "table")})
             continue
         if "foreseen" in result and "test" not in result:
             continue
         if "foreseen" in result:
-            test, greedy = result["test"], result["config"]["temperature"] == 0
-            measured = [test[key] for key in ("methods", "seed", "samples", "seconds", "costs")]
-            again = evaluate(*measured, pairs_of(test["methods"]), greedy=greedy)
-            assert_same(again, test["figures"])
+            greedy = result["config"]["temperature"] == 0
+            assert_same(figures_of(result["test"], greedy), result["test"]["figures"])
             continue
         if "overhead" in result:
             continue
