@@ -249,16 +249,11 @@ def reckoned(valid: dict, test: dict, costs: dict, more: float, times: np.ndarra
         each = own.sum(1)[:, 0] / own.sum(1)[:, 1]  # tau of each seed
         by_seed[k], redrawn[k] = each / (verify + draft + more * gamma), drawn / cost
         speed[k] = tau / (verify + draft + more * gamma)
-        rows[k] = {
-            "size": list(SIZES[size]),
-            "tau": tau,
-            "tau_interval": combined(tau, drawn, each),
-        }
-        rows[k] |= {"verify": verify, "draft": draft, "speed": speed[k]}
+        rows[k] = {"size": list(SIZES[size]), "tau": tau, "verify": verify, "draft": draft}
+        rows[k] |= {"tau_interval": combined(tau, drawn, each), "speed": speed[k]}
         rows[k]["speed_interval"] = combined(speed[k], redrawn[k], by_seed[k])
     for k in test:
-        both = min(len(by_seed[k]), len(by_seed["1"]))  # seeds, the first of each
-        net, each = speed[k] / speed["1"], by_seed[k][:both] / by_seed["1"][:both]
+        net, each = speed[k] / speed["1"], by_seed[k] / by_seed["1"]
         rows[k] |= {"net": net, "net_interval": combined(net, redrawn[k] / redrawn["1"], each)}
     return rows
 
@@ -267,9 +262,8 @@ def tau_ratios(test: dict, times: np.ndarray) -> dict:
     """tau of K layers over that of one, at each size, with intervals over seeds and texts."""
     found = {}
     for k, counts in test.items():
-        both = min(len(counts), len(test["1"]))
-        pair = counts[:both], test["1"][:both]
-        by_seed = [[taus(part[[seed]]) for seed in range(both)] for part in pair]
+        pair = counts, test["1"]
+        by_seed = [[taus(part[[seed]]) for seed in range(len(part))] for part in pair]
         by_seed = np.divide(*by_seed)  # (seeds, sizes)
         found[k] = []
         for i, ratio in enumerate(np.divide(*map(taus, pair))):
@@ -308,18 +302,23 @@ def arrays(found: dict) -> dict:
 def measured(config: DepthConfig, run_folder: Path, cells: dict) -> dict:
     """Heads of these cells {K: cell} beside a run's target: counts, costs, and what follows.
 
-    The wide layer, no K of its own, has two seeds.
+    Raises UserError where the heads of a seed were not trained in one dtype.
     """
-    seeds = {k: config.seeds[:2] if k in WIDE else config.seeds for k in cells}
-    for k, cell in cells.items():
-        shared = dict(head_tokens=config.head_tokens, device=config.device)
-        asked = AblationConfig(cells=[cell], seeds=[*seeds[k]], **shared)
-        _, folder, target_print = train_cells(asked, run_folder, "depth")
+    shared = dict(head_tokens=config.head_tokens, device=config.device)
+    asked = AblationConfig(cells=[*cells.values()], seeds=[*config.seeds], **shared)
+    _, folder, target_print = train_cells(asked, run_folder, "depth")
     target, _, encoding = load(run_folder, None, config.device, config.dtype)
     run = Loaded(run_folder, target, encoding)
 
     def head_of(k: str, seed: int):
         return load_head(folder / f"{cells[k]}-seed{seed}.pt", target, target_print)
+
+    for seed in config.seeds:
+        if len(dtypes := {head_of(k, seed).training_record["dtype"] for k in cells}) > 1:
+            words = " and ".join(sorted(dtypes))
+            raise UserError(
+                f"the heads of seed {seed} in {folder} were trained in {words}: remove those of one"
+            )
 
     # tau.
     counts, texts = {}, {}
@@ -330,7 +329,7 @@ def measured(config: DepthConfig, run_folder: Path, cells: dict) -> dict:
             counts[kind] = {}
             for k, cell in cells.items():
                 rows = []
-                for seed in seeds[k]:
+                for seed in config.seeds:
                     head, where = head_of(k, seed), folder / f"taus-{cell}-seed{seed}-{kind}.json"
                     key = {"head": fingerprint(head), "texts": found.key, "sizes": SIZES}
                     replay_it = head, target, found.texts, found.sampler

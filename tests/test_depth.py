@@ -244,3 +244,10 @@ def test_one_command_measures_it_all_and_goes_on(tiny_run, tmp_path, call, monke
     assert call(depth.main, *argv[:-8], "12", *argv[-7:])[0] == 0
     names = {path.name for path, at in before.items() if path.stat().st_mtime_ns != at}
     assert "taus-eagle-k2-seed0-greedy-test.json" in names and "eagle-k2-seed0.pt" not in names
+    # Heads of one seed that learnt in different dtypes are no pair.
+    one = folder / "eagle-k2-seed1.pt"
+    head = torch.load(one, weights_only=True)
+    head["training"]["dtype"] = "torch.bfloat16"
+    torch.save(head, one)
+    status, _, err = call(depth.main, *argv)
+    assert status == 2 and "seed 1" in err and "bfloat16 and torch.float32" in err
