@@ -110,7 +110,7 @@ EXERCISES = {
     10: Exercise(
         "the joint step",
         {"train.py": ["HeadTraining.joint_step"]},
-        "tests/test_training.py -k 'joint_step or nothing_to or slows_down or neither'",
+        "tests/test_training.py -k 'joint_step or nothing_to or slows_down or neither or until_D'",
         45,
         "whoever is not held fixed learns to make the other's work easy",
     ),
