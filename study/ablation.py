@@ -274,8 +274,8 @@ def compared(results: dict) -> dict:
                 ratios = [heads[seed][key] / controls[seed][key] for seed in seeds]
                 row["ratios"][key] = student_interval(ratios)
         kind, label = other.split("-", 1)
-        whole = results.get(f"{kind}-original", {}) if label in LABELS else {}
-        if label in LABELS and (seeds := [s for s in seeds if s in pairs(heads, whole)]):
+        whole = results.get(f"{kind}-original", {})
+        if label in LABELS and (seeds := sorted({*seeds} & {*pairs(heads, whole)})):
             taus = [[part[s]["tau_sampled"] for part in (heads, controls, whole)] for s in seeds]
             row["recovered"] = student_interval([(a - b) / (c - b) for a, b, c in taus])
         cells[cell] = row

@@ -48,9 +48,10 @@ from speculate import generate
 from study.ablation import AblationConfig, train_cells
 from study.deeper import real_targets
 from study.plots import plot_depth
+from study.prompts import Prompt
 from study.replay import Follower, PlainText, replay
 from study.report import depth_table
-from study.sizes import Texts, free_prompts
+from study.sizes import Texts, free_prompts, read_texts
 from study.statistics import DRAWS, combined, draw
 from targets.loading import WHICH_RUN, find_run, load, results_folder, target_file
 from targets.runs import fingerprint, load_head, load_target, settings_of
@@ -125,11 +126,7 @@ class Loaded(NamedTuple):
     folder: Path
     target: GPT
     encoding: tiktoken.Encoding
-
-    def key(self) -> dict:
-        """By it what was measured before is known."""
-        weight = self.target.embed.weight
-        return {"target": fingerprint(self.target), "dtype": str(weight.dtype)}
+    key: dict  # by it what was measured before is known
 
 
 class Written(NamedTuple):
@@ -146,15 +143,12 @@ def texts_of(config: DepthConfig, split: str, temperature: float, folder, run: L
     """The loop-free texts of a split. They are written once."""
     count = config.test_texts if split == "test" else config.valid_texts
     asked = Texts(count, config.max_new_tokens, temperature, split=split)
-    path, key = folder / f"texts-{kind_of(temperature)}-{split}.json", run.key() | asdict(asked)
-    found = kept(path, key, free_prompts, asked, *run)
-    sampler, texts = Follower(run.target.embed.weight.device, temperature, seed=0), []
-    tasks, prompts, conversations, written = zip(*found)
-    for prompt, new in zip(prompts, written):
-        room = min(config.max_new_tokens, run.target.config.context - len(prompt))
-        texts.append(PlainText.read(run.target, prompt, new, room, sampler))
+    path, key = folder / f"texts-{kind_of(temperature)}-{split}.json", run.key | asdict(asked)
+    found = kept(path, key, free_prompts, asked, run.folder, run.target, run.encoding)
+    prompts = [Prompt(*row) for row in found]
+    tasks, conversations = zip(*((prompt.task, prompt.conversation) for prompt in prompts))
     key = hashlib.sha256(json.dumps(found).encode()).hexdigest()[:16]
-    return Written(texts, sampler, tasks, conversations, key)
+    return Written(*read_texts(asked, run.target, prompts), tasks, conversations, key)
 
 
 def replayed(head, target, texts: list, sampler) -> list:
@@ -274,14 +268,15 @@ def tau_ratios(test: dict, times: np.ndarray) -> dict:
 
 def tabled(part: dict) -> dict:
     """The figures of a target: `table` and `tau_ratios`, from its counts, costs and texts."""
-    table, ratios = [], {}
+    table, ratios, counts = [], {}, {name: arrays(of) for name, of in part["counts"].items()}
     for row in part["costs"]:
         kind, depth, cost = row["kind"], row["depth"], arrays(row["cycles"])
-        valid, test = (arrays(part["counts"][f"{kind}-{split}"]) for split in ("valid", "test"))
-        texts = part["texts"][f"{kind}-test"]
-        samples, tasks = [{"conversation": c} for _, c in texts], np.array([t for t, _ in texts])
-        times = draw(samples, np.ones(len(texts), dtype=bool), seed=0)
-        ratios[kind] = tau_ratios(test, times)
+        valid, test, texts = counts[f"{kind}-valid"], counts[f"{kind}-test"], part["texts"]
+        tasks, conversations = map(np.array, zip(*texts[f"{kind}-test"]))
+        samples = [{"conversation": number} for number in conversations]
+        times = draw(samples, np.ones(len(samples), dtype=bool), seed=0)
+        if kind not in ratios:
+            ratios[kind] = tau_ratios(test, times)
         for more in MORE:
             rows = reckoned(valid, test, cost, more, times)
             table.append({"kind": kind, "depth": depth, "more": more, "heads": rows})
@@ -308,13 +303,16 @@ def measured(config: DepthConfig, run_folder: Path, cells: dict) -> dict:
     asked = AblationConfig(cells=[*cells.values()], seeds=[*config.seeds], **shared)
     _, folder, target_print = train_cells(asked, run_folder, "depth")
     target, _, encoding = load(run_folder, None, config.device, config.dtype)
-    run = Loaded(run_folder, target, encoding)
-
-    def head_of(k: str, seed: int):
-        return load_head(folder / f"{cells[k]}-seed{seed}.pt", target, target_print)
-
+    weight = target.embed.weight
+    run = Loaded(run_folder, target, encoding, {"target": target_print, "dtype": str(weight.dtype)})
+    heads = {
+        (k, seed): load_head(folder / f"{cell}-seed{seed}.pt", target, target_print)
+        for k, cell in cells.items()
+        for seed in config.seeds
+    }
+    prints = {which: fingerprint(head) for which, head in heads.items()}
     for seed in config.seeds:
-        if len(dtypes := {head_of(k, seed).training_record["dtype"] for k in cells}) > 1:
+        if len(dtypes := {heads[k, seed].training_record["dtype"] for k in cells}) > 1:
             words = " and ".join(sorted(dtypes))
             raise UserError(
                 f"the heads of seed {seed} in {folder} were trained in {words}: remove those of one"
@@ -330,10 +328,10 @@ def measured(config: DepthConfig, run_folder: Path, cells: dict) -> dict:
             for k, cell in cells.items():
                 rows = []
                 for seed in config.seeds:
-                    head, where = head_of(k, seed), folder / f"taus-{cell}-seed{seed}-{kind}.json"
-                    key = {"head": fingerprint(head), "texts": found.key, "sizes": SIZES}
-                    replay_it = head, target, found.texts, found.sampler
-                    rows.append(kept(where, run.key() | key, replayed, *replay_it))
+                    where = folder / f"taus-{cell}-seed{seed}-{kind}.json"
+                    key = {"head": prints[k, seed], "texts": found.key, "sizes": SIZES}
+                    replay_it = heads[k, seed], target, found.texts, found.sampler
+                    rows.append(kept(where, run.key | key, replayed, *replay_it))
                     print(f"{cell}, seed {seed}, {kind}: {len(found.texts)} texts", flush=True)
                 counts[kind][k] = np.array(rows)
 
@@ -344,29 +342,27 @@ def measured(config: DepthConfig, run_folder: Path, cells: dict) -> dict:
     stops = None if target.chat is None else target.chat.stops
     for depth in config.depths:
         deep = padded(target, depth)
-        heads = {k: beside(head_of(k, config.seeds[0]), deep) for k in cells}
-        key = run.key() | {"heads": [fingerprint(head) for head in heads.values()]}
-        key |= {"device": describe_device(target.embed.weight.device), "length": length}
+        first = {k: beside(heads[k, config.seeds[0]], deep) for k in cells}  # of the first seed
+        key = run.key | {"heads": [prints[k, config.seeds[0]] for k in cells]}
+        key |= {"device": describe_device(weight.device), "length": length}
         timing = key | {"sizes": SIZES, "rounds": ROUNDS}
         for kind, temperature in kinds.items():
-            job = deep, heads, temperature, length
+            job = deep, first, temperature, length
             found = kept(folder / f"costs-{kind}-{depth}.json", timing, timed, *job)
             costs[kind, depth] = {k: np.array(rounds) for k, rounds in found.items()}
             print(f"costs at {depth} layers, {kind}", flush=True)
-        both, once = (
-            (counts["greedy-valid"], counts["greedy-test"]),
-            np.ones((1, len(greedy.texts))),
-        )
+        once = np.ones((1, len(greedy.texts)))  # the texts as they are
+        both = counts["greedy-valid"], counts["greedy-test"]
         rows = reckoned(*both, costs["greedy", depth], 0.0, once)
         some = greedy.texts[: config.check_texts]
         key |= {"texts": greedy.key, "count": len(some), "rows": {k: rows[k]["size"] for k in rows}}
-        where, job = folder / f"decoded-{depth}.json", (deep, heads, rows, some, stops)
+        where, job = folder / f"decoded-{depth}.json", (deep, first, rows, some, stops)
         checks[str(depth)] = kept(where, key, decoded, *job)
         print(f"decoded at {depth} layers: {checks[str(depth)]}", flush=True)
     part = {
         "layers": len(target.blocks),
-        "device": describe_device(target.embed.weight.device),
-        "dtype": str(target.embed.weight.dtype).removeprefix("torch."),
+        "device": describe_device(weight.device),
+        "dtype": str(weight.dtype).removeprefix("torch."),
         "texts": {kind: [*zip(found.tasks, found.conversations)] for kind, found in texts.items()},
         "counts": {kind: {k: v.tolist() for k, v in rows.items()} for kind, rows in counts.items()},
         "costs": [

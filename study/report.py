@@ -98,9 +98,9 @@ def foresight_table(result: dict) -> str:
     """What foreseeing acceptance brings: a run of study/foresight.py."""
     told, valid, rows = result["foreseen"], result["validation"], []
     test = result.get("test", {}).get("figures")
-    without = max(1.0, valid["best"]["speed"])
-    gains = valid["oracle of 4"]["speed"] > without  # has it anything to share?
-    for name in ("best", "q", "logistic", "judge", "oracle of 1", "oracle of 4"):
+    names = ("best", "q", "logistic", "judge", "oracle of 1", "oracle of 4")
+    gains = any(valid[name]["share"] for name in names)  # has the oracle anything to share?
+    for name in names:
         f = valid[name]
         shape = ", width {}, patience {}".format(*f["shape"]) if "shape" in f else ""
         row = [name + shape, f"{told[name]['bce']:.3f}" if name in told else "", f"{f['tau']:.2f}"]

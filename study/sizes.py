@@ -71,7 +71,11 @@ def free_prompts(asked: Texts, folder, target, encoding) -> list[Prompt]:
 
 def plain_texts(asked: Texts, folder, target, encoding) -> tuple[list[PlainText], Follower]:
     """Texts that the target wrote alone and that do not end in loops, and a sampler for replays."""
-    prompts = free_prompts(asked, folder, target, encoding)
+    return read_texts(asked, target, free_prompts(asked, folder, target, encoding))
+
+
+def read_texts(asked: Texts, target, prompts: list) -> tuple[list[PlainText], Follower]:
+    """The texts after these prompts, ready for replays, and a sampler."""
     sampler, texts = Follower(target.embed.weight.device, asked.temperature, seed=0), []
     for prompt in prompts:
         room = min(asked.max_new_tokens, target.config.context - len(prompt.tokens))

@@ -165,7 +165,7 @@ def test_verdicts_are_those_of_the_target_after_the_tokens_before(target, traine
     head, tokens = trained(knows), own_text(target, 8, target.config.context + 1)
     learn = torch.rand(tokens.shape, generator=torch.Generator().manual_seed(0)) < 0.9
     seen, chances = verdicts(target, head, Data(target, tokens, learn), greedy, 10_000)
-    expected, unnamed = [], 0
+    expected, unnamed, heat = [], 0, GREEDY_TEMPERATURE if greedy else 1.0
     with torch.no_grad():
         starts = range(POSITIONS, target.config.context - POSITIONS + 1, POSITIONS)
         for start, i in itertools.product(starts, range(POSITIONS)):
@@ -185,9 +185,7 @@ def test_verdicts_are_those_of_the_target_after_the_tokens_before(target, traine
                     if not named:
                         continue
                     best = logits[0, 0].topk(4).indices
-                    q = logits[0, 0].softmax(-1).double() ** (
-                        1 / (GREEDY_TEMPERATURE if greedy else 1)
-                    )
+                    q = logits[0, 0].softmax(-1).double() ** (1 / heat)
                     odds, best = (q / q.sum())[best].logit(1e-6), head.vocabulary.tokens_at(best)
                     chance = (best == argmax(p[-1])).float() if greedy else p[-1][best]
                     expected.append((i, before[0, -1], state.nodes[0, 0], chance, odds))
@@ -406,11 +404,10 @@ def test_foresight_is_measured_in_one_command(tiny_run, tmp_path, call, monkeypa
         for width, patience in foresight.SHAPES:
             row = valid[f"{name} of {width}, {patience}"]
             assert row["tau"] >= 1 and 0 <= row["nodes"] <= 24 and 1 <= row["steps"] <= 5
-    fastest = {}
     for name in ("judge", "logistic", "q"):
         rows = {shape: valid["{} of {}, {}".format(name, *shape)] for shape in foresight.SHAPES}
-        fastest[name] = max(rows, key=lambda shape: rows[shape]["speed"])
-        assert valid[name] == rows[fastest[name]] | {"shape": [*fastest[name]]}
+        fastest = max(rows, key=lambda shape: rows[shape]["speed"])
+        assert valid[name] == rows[fastest] | {"shape": [*fastest]}
     most, without = max(valid[f"oracle of {w}"]["speed"] for w in (1, 2, 4)), valid["best"]["speed"]
     if most > max(1.0, without):
         gain = valid["judge"]["speed"] - max(1.0, without)
