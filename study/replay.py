@@ -12,25 +12,24 @@ min(1, q(x) / p(x)) on the way to this text; else it ends its cycle. Then
 4 %.) Heads are compared without timing, and on the same texts.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from draft_head import Batch
 from drafts import Chain, CopyFirst, GrowingTree, Known, Lookup, deepest, root_only
-from sampling import Sampler
+from sampling import Sampler, argmax
 
 
 class Follower(Sampler):
-    """A sampler by which a drawn chain follows a text that is there already."""
+    """A sampler that knows the text to come, for an oracle to draft by (study/foresight.py)."""
 
     def follow(self, tokens: Tensor, vocabulary) -> None:
-        """tokens (n,): the next ones; after them it draws as it likes."""
+        """tokens (n,): the next ones."""
         self.indices = list(vocabulary.indices_of(tokens).split(1))
-
-    def draw(self, logits: Tensor) -> tuple[Tensor, Tensor | None]:
-        index, q = super().draw(logits)
-        return (self.indices.pop(0) if q is not None and self.indices else index), q
 
 
 class PlainText(NamedTuple):
@@ -69,6 +68,22 @@ class AllNodes(GrowingTree):
     def __init__(self, depth: int, width: int, device):
         super().__init__(width + width**2 * (depth - 1), depth, width, device)
 
+    def children(self, logits: Tensor, state, sampler) -> tuple[Tensor, Tensor]:
+        self.found, log_q = super().children(logits, state, sampler)
+        return self.found, log_q
+
+    def goes_on(self, scores: Tensor) -> bool:
+        """Until the text has left the beam, and no node to come can be better than its last one."""
+        place, self.place = self.place, None
+        if place is not None and self.ahead:
+            children, token = self.found[place].tolist(), self.ahead.pop(0)
+            if token in children:
+                node = place * self.width + children.index(token)
+                self.worst = scores[node]
+                beam = scores.topk(self.width).indices.tolist()
+                self.place = beam.index(node) if node in beam else None
+        return self.place is not None or bool(scores.max() > self.worst)
+
     def size(self, scores: Tensor) -> int:
         self.scores = scores
         return len(scores)
@@ -78,6 +93,9 @@ class AllNodes(GrowingTree):
 
         A tree of n nodes at most d deep has the i-th token if i <= d and ranks[i - 1][d - 1] < n.
         """
+        # The text's tokens to come; where its last node is in the beam; and that node's score.
+        self.ahead = known.head.vocabulary.indices_of(following).tolist()
+        self.place, self.worst = 0, math.inf
         draft, ranks = self.draft(known, depth, sampler), []
         below, node = draft.shape.parents, 0
         for token in following[:depth]:
@@ -92,18 +110,37 @@ class AllNodes(GrowingTree):
         return ranks
 
 
-def accepted_chances(plan, known: Known, following: Tensor, p: Tensor, depth: int, sampler) -> list:
-    """Of each next token of a text, following (n,): its chance to be accepted after those before.
+def chain_chances(head, text: PlainText, depth: int, sampler: Sampler) -> list[list[float]]:
+    """The chance that each token of a chain is accepted, for drafts after every place of a text.
 
-    p (n,): the target's. Only tokens that are drafted have one.
+    A token counts only where all drafted before it were the text's. So the draft is the head's
+    training form, in which it reads its own guesses along the text's own tokens.
     """
-    following, p = following[:depth], p[:depth]
+    tokens = torch.tensor([text.tokens], device=text.hidden.device)  # (1, T + 1)
+    chances = [[] for _ in text.tokens]
+    guess = head(Batch(tokens, text.hidden, torch.ones_like(tokens, dtype=torch.bool)), depth)
+    for i, (states, to_logits) in enumerate(zip(guess.states, guess.maps), 1):
+        following = tokens[0, 1 + i :]  # (N,): the i-th token after each root
+        logits = F.linear(states, to_logits)
+        if sampler.temperature == 0:
+            chance = (head.vocabulary.tokens_at(argmax(logits)) == following).double()
+        else:
+            q = head.vocabulary.spread(sampler.distribution(logits))
+            chance = (q.gather(-1, following[:, None])[:, 0] / text.p[i:]).clamp(max=1.0)
+        for row, value in zip(chances[1:], chance.tolist()):
+            row.append(value)
+    return chances
+
+
+def accepted_chances(plan, known: Known, following: Tensor, depth: int, sampler) -> list[float]:
+    """Of each next token of a text, following (n,): 1 where a draft of named tokens holds it.
+
+    Only tokens that are drafted have one; 0 where the draft goes on otherwise.
+    """
+    following = following[:depth]
     if known.head is not None:
         sampler.follow(following, known.head.vocabulary)
     draft = plan.draft(known, depth, sampler) if depth > 0 else root_only(known.root)
-    if draft.q is not None:
-        q_x = draft.q.gather(-1, following[: len(draft.q), None])[:, 0]
-        return (q_x / p[: len(q_x)]).clamp(max=1.0).tolist()
     beyond = following.new_full((depth,), -1)
     agrees = draft.tokens == torch.cat([known.root, following, beyond])[draft.shape.depth]
     accepted = draft.shape.depth[deepest(agrees, draft.shape)].item()
@@ -123,7 +160,7 @@ def key(plan):
     return Chain if isinstance(plan, Chain) else getattr(plan, "match", plan)
 
 
-def judge(whole, known: Known, following: Tensor, p: Tensor, depth: int, sampler):
+def judge(whole, known: Known, following: Tensor, depth: int, sampler):
     """A function of a part of the plan `whole`, and of the depth that it has room for.
 
     It gives the chances of `accepted_chances`; here the draft is made, for all parts at once.
@@ -132,7 +169,7 @@ def judge(whole, known: Known, following: Tensor, p: Tensor, depth: int, sampler
         ranks = whole.ranks(following, known, depth, sampler) if depth > 0 else []
         ranks = [rank.tolist() for rank in ranks]
         return lambda part, d: [1.0] * sum(rank[d - 1] < part.nodes for rank in ranks[:d])
-    chances = accepted_chances(whole, known, following, p, depth, sampler)
+    chances = accepted_chances(whole, known, following, depth, sampler)
     return lambda part, d: chances[:d]
 
 
@@ -151,6 +188,8 @@ def replay(head, plans: dict, text: PlainText, sampler: Follower) -> dict[str, R
             longest[key(plan)] = AllNodes(plan.depth, plan.width, tokens.device)
     room = last + 2 + max(plan.slots for plan in longest.values())
     known, read = Known(text.tokens[:1], head, room), 0
+    depth = min(longest[Chain].depth, end - 1) if Chain in longest else 0
+    along = chain_chances(head, text, depth, sampler) if depth else [[]] * end
     for name in plans:
         starts[name][text.start] = 1.0
     for place in range(text.start, end):
@@ -161,11 +200,11 @@ def replay(head, plans: dict, text: PlainText, sampler: Follower) -> dict[str, R
             if (reach := starts[name][place]) == 0:
                 continue
             for part in parts(plan):
-                if key(part) not in judged:
-                    whole = longest[key(part)]
-                    ahead = tokens[place + 1 :], text.p[place:], min(whole.depth, left)
-                    judged[key(part)] = judge(whole, known, *ahead, sampler)
-                found = judged[key(part)](part, min(part.depth, left))
+                depth, which = min(part.depth, left), key(part)
+                if which is not Chain and which not in judged:
+                    ahead = tokens[place + 1 :], min(longest[which].depth, left)
+                    judged[which] = judge(longest[which], known, *ahead, sampler)
+                found = along[place][:depth] if which is Chain else judged[which](part, depth)
                 if copied := isinstance(part, Lookup) and found:
                     break
             for accepted, chance in enumerate([*found, 0.0]):

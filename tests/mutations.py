@@ -403,6 +403,18 @@ FIGURES += of(
         "test_replay.py::test_greedy_cycles_are_those_of_the_decoder",
     ),
     (
+        "return self.place is not None or bool(scores.max() > self.worst)",
+        "return self.place is not None",
+        "better nodes are not counted once the text has left the beam",
+        "test_replay.py::test_greedy_cycles_are_those_of_the_decoder",
+    ),
+    (
+        "q.gather(-1, following[:, None])[:, 0] / text.p[i:]",
+        "q.gather(-1, following[:, None])[:, 0] / text.p[i - 1 : -1]",
+        "q of a token is compared with p of the one before",
+        "test_replay.py::test_sampled_cycles_are_those_of_the_decoder_on_average",
+    ),
+    (
         "rank[d - 1] < part.nodes",
         "rank[d - 1] <= part.nodes",
         "a tree has a node more than it has room for",

@@ -17,6 +17,7 @@ from pytest import approx
 from toys import random_tables, rest_of, tiny_head, tiny_target, whole_vocabulary
 
 from costs import best_size
+from draft_head import Guess
 from drafts import COPIED, MATCH, Chain, CopyFirst, GrowingTree, Lookup, fixed_tree, plan_draft
 from sampling import acceptance_probability
 from speculate import generate
@@ -90,21 +91,22 @@ VOCAB, LIMIT = 3, 5
 class Tables:
     """A head whose logits are those of tables: q after the drafted tokens, whatever the text."""
 
-    max_draft, autoregressive, vocabulary = None, True, whole_vocabulary(VOCAB)
+    vocabulary = whole_vocabulary(VOCAB)
 
     def __init__(self, q: list[torch.Tensor], prompt: int):
         self.q, self.prompt = q, prompt
 
     def start(self, max_length):
-        return {"text": []}
+        return None
 
-    def absorb(self, state, tokens, hidden):
-        state["text"] = state["text"] + tokens[0].tolist()
-
-    def expand(self, state, tokens=None, parents=None):
-        state["draft"] = [] if tokens is None else [*state["draft"], tokens.item()]
-        new = [*state["text"][self.prompt - 1 :], *state["draft"]]
-        return self.q[len(new)][tuple(new)].log()[None, None]
+    def __call__(self, batch, own_steps):
+        """As a head in training: of each draft position the logits after every state."""
+        text, states = batch.tokens[0].tolist(), []
+        for i in range(1, own_steps + 1):
+            begun = [tuple(text[self.prompt : t + 1 + i]) for t in range(len(text) - 1 - i)]
+            rows = [self.q[len(new)][new].log() for new in begun]
+            states.append(torch.stack(rows) if rows else torch.zeros(0, VOCAB))
+        return Guess(states, [torch.eye(VOCAB)] * own_steps)
 
 
 def enumerated(p, q, gamma: int) -> tuple[float, float]:
