@@ -19,9 +19,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from draft_head import Batch
-from drafts import Chain, CopyFirst, GrowingTree, Known, Lookup, deepest, root_only
+from draft_head import Batch, Rollout
+from drafts import LEAST, Chain, CopyFirst, GrowingTree, Known, Lookup, deepest, root_only
 from sampling import Sampler, argmax
+
+ROOTS = 32  # places of a text after which trees are drafted at once
+FAR = 1 << 30  # a rank that no tree has room for
 
 
 class Follower(Sampler):
@@ -62,54 +65,6 @@ class Replayed(NamedTuple):
     copied: float  # of these cycles those that judged a copy
 
 
-class AllNodes(GrowingTree):
-    """A growing tree that keeps every node it has seen: all smaller trees lie in it."""
-
-    def __init__(self, depth: int, width: int, device):
-        super().__init__(width + width**2 * (depth - 1), depth, width, device)
-
-    def children(self, logits: Tensor, state, sampler) -> tuple[Tensor, Tensor]:
-        self.found, log_q = super().children(logits, state, sampler)
-        return self.found, log_q
-
-    def goes_on(self, scores: Tensor) -> bool:
-        """Until the text has left the beam, and no node to come can be better than its last one."""
-        place, self.place = self.place, None
-        if place is not None and self.ahead:
-            children, token = self.found[place].tolist(), self.ahead.pop(0)
-            if token in children:
-                node = place * self.width + children.index(token)
-                self.worst = scores[node]
-                beam = scores.topk(self.width).indices.tolist()
-                self.place = beam.index(node) if node in beam else None
-        return self.place is not None or bool(scores.max() > self.worst)
-
-    def size(self, scores: Tensor) -> int:
-        self.scores = scores
-        return len(scores)
-
-    def ranks(self, following: Tensor, known: Known, depth: int, sampler) -> list[Tensor]:
-        """Of each text token that is a node, the number of better ones, by the tree's depth.
-
-        A tree of n nodes at most d deep has the i-th token if i <= d and ranks[i - 1][d - 1] < n.
-        """
-        # The text's tokens to come; where its last node is in the beam; and that node's score.
-        self.ahead = known.head.vocabulary.indices_of(following).tolist()
-        self.place, self.worst = 0, math.inf
-        draft, ranks = self.draft(known, depth, sampler), []
-        below, node = draft.shape.parents, 0
-        for token in following[:depth]:
-            children = (below == node) & (draft.tokens == token)
-            children[0] = False
-            if not children.any():
-                break
-            node = int(children.nonzero()[0])
-            better = torch.bincount(draft.shape.depth[self.scores > self.scores[node]])
-            better = torch.nn.functional.pad(better, (0, depth + 1 - len(better)))
-            ranks.append(better[1:].cumsum(0))  # without the root
-        return ranks
-
-
 def chain_chances(head, text: PlainText, depth: int, sampler: Sampler) -> list[list[float]]:
     """The chance that each token of a chain is accepted, for drafts after every place of a text.
 
@@ -130,6 +85,62 @@ def chain_chances(head, text: PlainText, depth: int, sampler: Sampler) -> list[l
         for row, value in zip(chances[1:], chance.tolist()):
             row.append(value)
     return chances
+
+
+def tree_ranks(head, text: PlainText, depth: int, width: int, sampler: Sampler) -> list:
+    """How good the text's own tokens are among all nodes that a growing tree sees, of EAGLE's kind.
+
+    ranks[place][i][d]: after the root at `place`, how many nodes that are at most d + 1 deep are
+    better than the text's token i + 1 places on. FAR where that is no node. A tree of n nodes holds
+    those with a rank below n. ROOTS drafts are made at once, by the head's own step: a node reads
+    the text before its root, and its ancestors.
+    """
+    tokens = torch.tensor(text.tokens, device=text.hidden.device)  # (T + 1,)
+    length, ranks = len(tokens) - 1, [[]] * text.start
+    following = F.pad(head.vocabulary.indices_of(tokens), (0, depth), value=-1)
+    read = Rollout(head.config.layers)
+    certain = head.step(tokens[None, 1:], text.hidden, read, head.rotary(0, length))[0]  # (T, D)
+    for roots in torch.arange(text.start, length, device=tokens.device).split(ROOTS):
+        passes, shape = Rollout(head.config.layers), (len(roots), depth, width * width)
+        passes.keys, passes.values = ([*map(list, part)] for part in (read.keys, read.values))
+        scores = torch.full(shape, -math.inf, dtype=torch.float64, device=tokens.device)
+        ours = scores[..., 0].clone()  # (N, depth): the scores of the text's tokens
+        # Of the n drafts that go on: their numbers; their k last nodes, what these see, and their
+        # scores; which of the k is the text's, or -1.
+        which = torch.arange(len(roots), device=tokens.device)
+        nodes = certain[roots - 1]  # (n k, D)
+        seen = torch.arange(length, device=tokens.device) < roots[:, None]  # (n k, keys)
+        reach, own = scores.new_zeros(len(roots), 1), which.new_zeros(len(roots), 1)
+        for i in range(depth):
+            n, k = reach.shape
+            best, log_q = sampler.likeliest(head.logits(nodes[None])[0], width)  # (n k, width)
+            log_q = log_q.double().nan_to_num(nan=LEAST).clamp(LEAST, -1e-9)  # as in GrowingTree
+            score = (reach[..., None] + log_q.view(n, k, width)).flatten(1)  # (n, k width)
+            is_text = best.view(n, k, width) == following[roots[which] + 1 + i, None, None]
+            is_text &= (torch.arange(k, device=own.device) == own)[..., None]
+            is_text, best = is_text.flatten(1), best.view(n, k * width)
+            scores[which, i, : k * width] = score
+            ours[which, i] = score.masked_fill(~is_text, -math.inf).amax(1)
+            reach, beam = score.topk(width)  # (n, width)
+            in_beam, own = is_text.gather(1, beam).int().max(1, keepdim=True)
+            own = own.where(in_beam > 0, -1)
+            # Without the text in its beam a draft goes on while a node may still be better.
+            worst = ours[which].where(ours[which] > -math.inf, math.inf).amin(1)
+            on = ((own[:, 0] >= 0) | (reach[:, 0] > worst)).nonzero()[:, 0]
+            if i + 1 == depth or len(on) == 0:
+                break
+            chosen = head.vocabulary.tokens_at(best.gather(1, beam)[on])  # (n', width)
+            parents = (on[:, None] * k + beam[on] // width).flatten()
+            which, reach, own = which[on], reach[on], own[on]
+            itself = torch.eye(len(parents), dtype=torch.bool, device=on.device)
+            seen = torch.cat([seen[parents], itself], 1)
+            places = (roots[which] + i).clamp(max=head.target.config.context - 1)
+            rotary = head.rotary.tree(0, places.repeat_interleave(width), seen)
+            nodes = head.step(chosen.view(1, -1), nodes[parents][None], passes, rotary)[0]
+        better = (scores[:, None] > ours[..., None, None]).sum(-1).cumsum(-1)  # (N, depth, depth)
+        better.masked_fill_(ours[..., None] == -math.inf, FAR)
+        ranks += better.tolist()
+    return ranks
 
 
 def accepted_chances(plan, known: Known, following: Tensor, depth: int, sampler) -> list[float]:
@@ -153,24 +164,31 @@ def parts(plan) -> list:
     return [plan.lookup, plan.plan] if isinstance(plan, CopyFirst) else [plan]
 
 
-def key(plan):
+def key(plan, head):
     """Alike for plans whose drafts are parts of one another."""
-    if type(plan) is GrowingTree:
-        return "tree", plan.width
+    if type(plan) is GrowingTree and head.autoregressive:
+        return GrowingTree, plan.width
     return Chain if isinstance(plan, Chain) else getattr(plan, "match", plan)
 
 
-def judge(whole, known: Known, following: Tensor, depth: int, sampler):
-    """A function of a part of the plan `whole`, and of the depth that it has room for.
+def drafted_at_once(longest: dict, head, text: PlainText, sampler: Sampler) -> dict:
+    """Of the plans, {key: the one that drafts furthest}, those that draft after all places at once.
 
-    It gives the chances of `accepted_chances`; here the draft is made, for all parts at once.
+    Of each a function of a place, a plan alike and the depth that it has room for, which gives the
+    chances of `accepted_chances`.
     """
-    if isinstance(whole, AllNodes):
-        ranks = whole.ranks(following, known, depth, sampler) if depth > 0 else []
-        ranks = [rank.tolist() for rank in ranks]
-        return lambda part, d: [1.0] * sum(rank[d - 1] < part.nodes for rank in ranks[:d])
-    chances = accepted_chances(whole, known, following, depth, sampler)
-    return lambda part, d: chances[:d]
+    found, most = {}, len(text.tokens) - 2
+    for which, plan in longest.items():
+        if which is Chain:
+            depth = min(plan.depth, most)
+            chances = chain_chances(head, text, depth, sampler) if depth else [[]] * (most + 2)
+            found[which] = lambda place, _, depth, its=chances: its[place][:depth]
+        elif isinstance(which, tuple):
+            ranks = tree_ranks(head, text, plan.depth, plan.width, sampler)
+            found[which] = lambda place, part, depth, its=ranks: (
+                [1.0] * sum(rank[depth - 1] < part.nodes for rank in its[place][:depth])
+            )
+    return found
 
 
 @torch.inference_mode()
@@ -180,16 +198,11 @@ def replay(head, plans: dict, text: PlainText, sampler: Follower) -> dict[str, R
     end, last = len(tokens) - 1, text.start + text.limit - 1  # last: the limit's
     starts = {name: [0.0] * (end + 1) for name in plans}
     sums = {name: [0.0, 0.0, 0.0] for name in plans}
-    longest = {}  # of the plans that are alike, the one that drafts furthest
     every = [part for plan in plans.values() for part in parts(plan)]
-    for plan in sorted(every, key=lambda plan: plan.depth):
-        longest[key(plan)] = plan
-        if type(plan) is GrowingTree:
-            longest[key(plan)] = AllNodes(plan.depth, plan.width, tokens.device)
+    longest = {key(part, head): part for part in sorted(every, key=lambda part: part.depth)}
+    at_once = drafted_at_once(longest, head, text, sampler)
     room = last + 2 + max(plan.slots for plan in longest.values())
     known, read = Known(text.tokens[:1], head, room), 0
-    depth = min(longest[Chain].depth, end - 1) if Chain in longest else 0
-    along = chain_chances(head, text, depth, sampler) if depth else [[]] * end
     for name in plans:
         starts[name][text.start] = 1.0
     for place in range(text.start, end):
@@ -200,11 +213,14 @@ def replay(head, plans: dict, text: PlainText, sampler: Follower) -> dict[str, R
             if (reach := starts[name][place]) == 0:
                 continue
             for part in parts(plan):
-                depth, which = min(part.depth, left), key(part)
-                if which is not Chain and which not in judged:
-                    ahead = tokens[place + 1 :], min(longest[which].depth, left)
-                    judged[which] = judge(longest[which], known, *ahead, sampler)
-                found = along[place][:depth] if which is Chain else judged[which](part, depth)
+                depth, which = min(part.depth, left), key(part, head)
+                if which in at_once:
+                    found = at_once[which](place, part, depth)
+                else:
+                    if which not in judged:
+                        ahead = tokens[place + 1 :], min(longest[which].depth, left)
+                        judged[which] = accepted_chances(longest[which], known, *ahead, sampler)
+                    found = judged[which][:depth]
                 if copied := isinstance(part, Lookup) and found:
                     break
             for accepted, chance in enumerate([*found, 0.0]):

@@ -403,8 +403,8 @@ FIGURES += of(
         "test_replay.py::test_greedy_cycles_are_those_of_the_decoder",
     ),
     (
-        "return self.place is not None or bool(scores.max() > self.worst)",
-        "return self.place is not None",
+        "((own[:, 0] >= 0) | (reach[:, 0] > worst))",
+        "(own[:, 0] >= 0)",
         "better nodes are not counted once the text has left the beam",
         "test_replay.py::test_greedy_cycles_are_those_of_the_decoder",
     ),
@@ -415,8 +415,14 @@ FIGURES += of(
         "test_replay.py::test_sampled_cycles_are_those_of_the_decoder_on_average",
     ),
     (
-        "rank[d - 1] < part.nodes",
-        "rank[d - 1] <= part.nodes",
+        "device=tokens.device) < roots[:, None]",
+        "device=tokens.device) <= roots[:, None]",
+        "a draft reads the token that it is to guess",
+        "test_replay.py::test_greedy_cycles_are_those_of_the_decoder",
+    ),
+    (
+        "rank[depth - 1] < part.nodes",
+        "rank[depth - 1] <= part.nodes",
         "a tree has a node more than it has room for",
         "test_replay.py::test_greedy_cycles_are_those_of_the_decoder",
     ),
