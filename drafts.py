@@ -40,6 +40,7 @@ from torch import Tensor
 
 from draft_head import rank_rates
 from plumbing.cli import UserError
+from sampling import falling
 
 MAX_NODES = 256  # of a tree: a pass over more is no longer cheap anywhere
 WIDTH = 4  # nodes that a growing tree expands at each depth, and children of each
@@ -47,7 +48,6 @@ MATCH = 2  # tokens that have to match, at least, before a copy takes the place 
 ALONE = 1  # and where there is no head, and else nothing would be drafted (study/sizes.py)
 LONGEST = 4  # and at most: the longest match is taken
 COPIED = 8  # tokens copied at once
-LEAST = -1e4  # log-probability of a node; of one whose q is not a number
 GAMMA = 4  # tokens of a head's chain, where nothing else is asked for
 Branch = tuple[int, ...]
 
@@ -349,9 +349,7 @@ class GrowingTree(Plan):
         for i in range(depth):
             best, log_q = self.children(logits[-1], state, sampler)
             found = head.vocabulary.tokens_at(best).flatten()  # (k * width,)
-            # Strictly below its parent, whatever q is: no node is kept without its parent.
-            log_q = log_q.double().nan_to_num(nan=LEAST).clamp(LEAST, -1e-9)
-            score = (reach[:, None] + log_q).flatten()
+            score = (reach[:, None] + falling(log_q)).flatten()
             tokens.append(found)
             parents.append(above.repeat_interleave(self.width))
             scores.append(score)

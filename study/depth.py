@@ -44,12 +44,13 @@ from model import GPT
 from plumbing.cli import UserError, option, parse, run
 from plumbing.files import write_json
 from plumbing.machine import describe_device, keep_heap, origin
+from sampling import Sampler
 from speculate import generate
 from study.ablation import AblationConfig, train_cells
 from study.deeper import real_targets
 from study.plots import plot_depth
 from study.prompts import Prompt
-from study.replay import Follower, PlainText, replay
+from study.replay import PlainText, replay
 from study.report import depth_table
 from study.sizes import Texts, free_prompts, read_texts
 from study.statistics import DRAWS, combined, draw
@@ -133,7 +134,7 @@ class Written(NamedTuple):
     """Texts of the target, ready to be replayed."""
 
     texts: list[PlainText]
-    sampler: Follower
+    sampler: Sampler
     tasks: list[str]
     conversations: list[int]
     key: str

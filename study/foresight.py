@@ -112,10 +112,10 @@ class Oracle(Plan):
         self.made = []
 
     def draft(self, known, depth: int, sampler) -> Draft:
-        """In replay, where the sampler holds the tokens to come."""
+        """In replay, where `known` holds the tokens `ahead`."""
         head, state = known.read()
         tokens, logits = [known.root], head.expand(state)[0]
-        for index in sampler.indices[:depth]:
+        for index in head.vocabulary.indices_of(known.ahead[:depth]).split(1):
             if index not in logits[0].topk(self.width).indices:
                 break
             tokens.append(head.vocabulary.tokens_at(index))

@@ -20,19 +20,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from draft_head import Batch, Rollout
-from drafts import LEAST, Chain, CopyFirst, GrowingTree, Known, Lookup, deepest, root_only
-from sampling import Sampler, argmax
+from drafts import Chain, CopyFirst, GrowingTree, Known, Lookup, deepest, root_only
+from sampling import Sampler, argmax, falling
 
 ROOTS = 32  # places of a text after which trees are drafted at once
 FAR = 1 << 30  # a rank that no tree has room for
-
-
-class Follower(Sampler):
-    """A sampler that knows the text to come, for an oracle to draft by (study/foresight.py)."""
-
-    def follow(self, tokens: Tensor, vocabulary) -> None:
-        """tokens (n,): the next ones."""
-        self.indices = list(vocabulary.indices_of(tokens).split(1))
 
 
 class PlainText(NamedTuple):
@@ -114,8 +106,7 @@ def tree_ranks(head, text: PlainText, depth: int, width: int, sampler: Sampler) 
         for i in range(depth):
             n, k = reach.shape
             best, log_q = sampler.likeliest(head.logits(nodes[None])[0], width)  # (n k, width)
-            log_q = log_q.double().nan_to_num(nan=LEAST).clamp(LEAST, -1e-9)  # as in GrowingTree
-            score = (reach[..., None] + log_q.view(n, k, width)).flatten(1)  # (n, k width)
+            score = (reach[..., None] + falling(log_q).view(n, k, width)).flatten(1)  # (n, k width)
             is_text = best.view(n, k, width) == following[roots[which] + 1 + i, None, None]
             is_text &= (torch.arange(k, device=own.device) == own)[..., None]
             is_text, best = is_text.flatten(1), best.view(n, k * width)
@@ -149,8 +140,7 @@ def accepted_chances(plan, known: Known, following: Tensor, depth: int, sampler)
     Only tokens that are drafted have one; 0 where the draft goes on otherwise.
     """
     following = following[:depth]
-    if known.head is not None:
-        sampler.follow(following, known.head.vocabulary)
+    known.ahead = following  # where an oracle looks: study/foresight.py
     draft = plan.draft(known, depth, sampler) if depth > 0 else root_only(known.root)
     beyond = following.new_full((depth,), -1)
     agrees = draft.tokens == torch.cat([known.root, following, beyond])[draft.shape.depth]
@@ -192,7 +182,7 @@ def drafted_at_once(longest: dict, head, text: PlainText, sampler: Sampler) -> d
 
 
 @torch.inference_mode()
-def replay(head, plans: dict, text: PlainText, sampler: Follower) -> dict[str, Replayed]:
+def replay(head, plans: dict, text: PlainText, sampler: Sampler) -> dict[str, Replayed]:
     """The cycles of each plan along a text: {name: Replayed}."""
     tokens = torch.tensor(text.tokens, device=text.hidden.device)
     end, last = len(tokens) - 1, text.start + text.limit - 1  # last: the limit's

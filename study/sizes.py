@@ -21,8 +21,9 @@ from plumbing.cli import UserError, option, parse, run
 from plumbing.files import write_json
 from plumbing.machine import describe_device, origin
 from recipe import in_order
+from sampling import Sampler
 from study.prompts import Prompt, check_prompts, choose_prompts, held_out_text, load_prompts
-from study.replay import Follower, PlainText, replay
+from study.replay import PlainText, replay
 from targets.loading import SIZES, WHICH_RUN, find_run, load, load_heads, results_folder
 from targets.outputs import is_loop
 from targets.runs import fingerprint, trained_heads
@@ -69,14 +70,14 @@ def free_prompts(asked: Texts, folder, target, encoding) -> list[Prompt]:
     return prompts
 
 
-def plain_texts(asked: Texts, folder, target, encoding) -> tuple[list[PlainText], Follower]:
+def plain_texts(asked: Texts, folder, target, encoding) -> tuple[list[PlainText], Sampler]:
     """Texts that the target wrote alone and that do not end in loops, and a sampler for replays."""
     return read_texts(asked, target, free_prompts(asked, folder, target, encoding))
 
 
-def read_texts(asked: Texts, target, prompts: list) -> tuple[list[PlainText], Follower]:
+def read_texts(asked: Texts, target, prompts: list) -> tuple[list[PlainText], Sampler]:
     """The texts after these prompts, ready for replays, and a sampler."""
-    sampler, texts = Follower(target.embed.weight.device, asked.temperature, seed=0), []
+    sampler, texts = Sampler(target.embed.weight.device, asked.temperature, seed=0), []
     for prompt in prompts:
         room = min(asked.max_new_tokens, target.config.context - len(prompt.tokens))
         texts.append(PlainText.read(target, prompt.tokens, prompt.plain, room, sampler))

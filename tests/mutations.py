@@ -200,18 +200,21 @@ CACHE = of(
     ),
 )
 PLANS = of(
+    "sampling.py",
+    (
+        "return log_q.double().nan_to_num(nan=LEAST).clamp(LEAST, -1e-9)",
+        "return log_q.double()",
+        "NaN ranks first, and a node at probability 1 ties with its parent",
+        "test_faults.py::test_a_draft_that_is_no_number_does_not_change_the_text",
+    ),
+)
+PLANS += of(
     "drafts.py",
     (
         "whole_path = (shape.ancestors[:, 1:] <= agrees[1:]).all(1)",
         "whole_path = agrees",
         "a node is accepted whose ancestor was not",
         "test_drafts.py::test_the_deepest_node_is_on_a_path_that_agrees_all_the_way",
-    ),
-    (
-        "log_q = log_q.double().nan_to_num(nan=LEAST).clamp(LEAST, -1e-9)",
-        "log_q = log_q.double()",
-        "NaN ranks first, and a node at probability 1 ties with its parent",
-        "test_faults.py::test_a_draft_that_is_no_number_does_not_change_the_text",
     ),
     (
         "kept = scores.topk(self.size(scores)).indices.sort().values",

@@ -8,11 +8,12 @@ import pytest
 import torch
 from toys import tiny_head, tiny_target
 
+from sampling import Sampler
 from speculate import generate
 from study import deeper, depth
 from study.deeper import with_layers
 from study.depth import ROUNDS, SIZES, beside, kept, padded, reckoned, replayed, tau_ratios, timed
-from study.replay import Follower, PlainText
+from study.replay import PlainText
 from study.statistics import DRAWS, combined, draw
 
 
@@ -46,7 +47,7 @@ def test_a_head_is_replayed_alike_beside_a_padded_target(temperature):
     head, deep, counts = tiny_head("eagle", 2, target, steps=40), padded(target, 5), []
     new = generate(target, [1, 2], 18, temperature=temperature).tokens
     for model, its in ((target, head), (deep, beside(head, deep))):
-        sampler = Follower(torch.device("cpu"), temperature, seed=0)
+        sampler = Sampler(torch.device("cpu"), temperature, seed=0)
         text = PlainText.read(model, [1, 2], new, 18, sampler)
         counts.append(replayed(its, model, [text], sampler))
     assert counts[0] == counts[1] and np.array(counts).shape == (2, 1, len(SIZES), 2)

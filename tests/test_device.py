@@ -22,9 +22,10 @@ from discriminator import Discriminator
 from draft_head import build_head
 from drafts import Chain, CopyFirst, GrowingTree, Lookup, fixed_tree
 from plumbing.machine import Autocast
+from sampling import Sampler
 from speculate import generate
 from study.judge import Judge, PayingTree
-from study.replay import Follower, PlainText, replay
+from study.replay import PlainText, replay
 from targets.loading import TRAINED, load
 from train import HeadTraining
 
@@ -113,7 +114,7 @@ def test_sampled_text_has_the_targets_law_on_every_device(device, plan):
 def test_replayed_cycles_are_the_same_on_every_device(here, there, device):
     (target, heads), prompt = there, random_prompts(here[0], (7,))[0]
     head, new = heads["eagle", 2], generate(target, prompt, 100).tokens
-    sampler = Follower(device)
+    sampler = Sampler(device)
     text = PlainText.read(target, prompt, new, target.config.context - len(prompt), sampler)
     for name, plan in plans_on(device).items():
         found = replay(head, {name: plan}, text, sampler)[name]

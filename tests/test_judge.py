@@ -26,11 +26,11 @@ from toys import (
 
 from draft_head import Batch
 from drafts import GrowingTree
-from sampling import GREEDY_TEMPERATURE, acceptance_probability, argmax, residual
+from sampling import GREEDY_TEMPERATURE, Sampler, acceptance_probability, argmax, residual
 from speculate import generate
 from study import foresight
 from study.judge import POSITIONS, Judge, Logistic, PayingTree, Seen, fit, verdicts
-from study.replay import Follower, PlainText, replay
+from study.replay import PlainText, replay
 
 CPU = torch.device("cpu")
 KNOWS = (0, 2, 3, 5, 7, 8, 11)
@@ -318,7 +318,7 @@ def test_replayed_cycles_are_those_of_the_decoder(target, trained):
     """And their sizes: by them `study.foresight` reckons what a plan costs."""
     head = trained()
     for prompt in random_prompts(target, (2, 7)):
-        plan, sampler = costly(3, random_judge(head)), Follower(CPU)
+        plan, sampler = costly(3, random_judge(head)), Sampler(CPU)
         decoded = generate(target, prompt, 100, head=head, plan=plan)
         made, plan.made = plan.made, []
         plain = generate(target, prompt, 100).tokens
@@ -349,7 +349,7 @@ class Scripted:
 @pytest.mark.parametrize("width", [1, 4])
 def test_the_oracle_drafts_what_a_tree_would_have_accepted(target, trained, width):
     """As far as three tokens. One token wide, a tree is a chain: the same cycles."""
-    head, sampler = trained(), Follower(CPU)
+    head, sampler = trained(), Sampler(CPU)
     tree, oracle = GrowingTree(3 * width, 3, width, CPU), foresight.Oracle(width, 3)
     for prompt in random_prompts(target, (2, 7)):
         decoded = generate(target, prompt, 100, head=head, plan=tree)
@@ -365,7 +365,7 @@ def test_the_oracle_drafts_what_a_tree_would_have_accepted(target, trained, widt
 
 def test_a_cycle_that_a_stop_token_cuts_costs_nothing(target, trained):
     """As little as it counts in tau: its draft does not count either."""
-    head, sampler, oracle = trained(), Follower(CPU), foresight.Oracle(4, 3)
+    head, sampler, oracle = trained(), Sampler(CPU), foresight.Oracle(4, 3)
     prompt = random_prompts(target, (7,))[0]
     plain, counted = generate(target, prompt, 100).tokens, set()
     room = target.config.context - len(prompt)

@@ -19,11 +19,11 @@ from toys import random_tables, rest_of, tiny_head, tiny_target, whole_vocabular
 from costs import best_size
 from draft_head import Guess
 from drafts import COPIED, MATCH, Chain, CopyFirst, GrowingTree, Lookup, fixed_tree, plan_draft
-from sampling import acceptance_probability
+from sampling import Sampler, acceptance_probability
 from speculate import generate
 from study import sizes
 from study.prompts import read_questions
-from study.replay import Follower, PlainText, replay
+from study.replay import PlainText, replay
 from targets.bpe import encode_prompt
 from targets.loading import TRAINED, load
 from targets.runs import fingerprint
@@ -58,7 +58,7 @@ def trained(target):
 @pytest.mark.parametrize("kind", ["medusa", "eagle"])
 def test_greedy_cycles_are_those_of_the_decoder(target, trained, kind, knows):
     """For every kind of draft at once, to the limit, to the window's end and to each stop token."""
-    head, sampler, lengths, copied = trained(kind, knows), Follower(CPU), set(), 0
+    head, sampler, lengths, copied = trained(kind, knows), Sampler(CPU), set(), 0
     generator = torch.Generator().manual_seed(1)
     for n in (1, 2, 7, 15):
         prompt = torch.randint(13, (n,), generator=generator).tolist()
@@ -148,7 +148,7 @@ def enumerated(p, q, gamma: int) -> tuple[float, float]:
 def test_sampled_cycles_are_those_of_the_decoder_on_average(gamma):
     """The replay of each text, weighted with the text's probability: the sums of all cycles."""
     p, q = (random_tables(seed, LIMIT, VOCAB, temperature=1.0) for seed in (1, 2))
-    law, prompt, sampler = rest_of(p), [0, 1], Follower(CPU, 1.0, seed=0)
+    law, prompt, sampler = rest_of(p), [0, 1], Sampler(CPU, 1.0, seed=0)
     head, written, cycles = Tables(q, len(prompt)), 0.0, 0.0
     for new in itertools.product(range(VOCAB), repeat=LIMIT):
         chosen = [p[i][new[:i]][new[i]].item() for i in range(LIMIT)]
@@ -176,7 +176,7 @@ def test_the_shipped_head_is_replayed_as_it_decodes(shipped):
     """In float32, where a pass over a whole text rounds differently from many short ones."""
     target, head, prompts = shipped
     plans = {"chain": Chain(4), "tree": plan_draft(head, 4, 8, target), "copies": Lookup(2)}
-    sums, sampler = {name: [0, 0, 0.0, 0.0] for name in plans}, Follower(CPU)
+    sums, sampler = {name: [0, 0, 0.0, 0.0] for name in plans}, Sampler(CPU)
     for prompt in prompts:
         plain = generate(target, prompt, 48).tokens
         found = replay(head, plans, PlainText.read(target, prompt, plain, 48, sampler), sampler)
