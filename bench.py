@@ -38,7 +38,7 @@ import torch
 from costs import best_size, isolated_costs, measure_acceptance
 from drafts import ALONE, COPIED, GAMMA, plan_draft
 from plumbing.cli import UserError, fail, option, parse, run
-from plumbing.files import check_writable, write_json
+from plumbing.files import write_json
 from plumbing.machine import describe_device, origin, synchronized_time
 from recipe import in_order
 from sampling import Sampler, argmax
@@ -48,7 +48,7 @@ from study.prompts import check_prompts, choose_prompts, held_out_text, load_pro
 from study.report import bench_tables
 from study.statistics import COPYING, evaluate
 from targets.features import Features, evenly
-from targets.loading import find_run, load, load_heads, name_of, results_folder
+from targets.loading import find_run, load, load_heads, name_of, result_file
 from targets.outputs import NEAR_TIE, first_difference, is_loop
 from targets.runs import trained_heads
 
@@ -241,13 +241,11 @@ def main() -> None:
     print(f"{weight.dtype}: {target.why_dtype}")
     text = held_out_text(target.about, config.split)
     candidates = load_prompts(config, folder, target, text, encoding)
+    out = result_file(folder, f"bench/{config.name}.json")
     sampler = Sampler(weight.device, config.temperature, config.top_k, config.top_p, config.seed)
     methods, ready = choose_methods(config, target, heads)
     depth = max(plan.depth for _, plan in ready.values())
     prompts, rooms, counts, middle = choose_texts(config, target, depth, candidates)
-    out = results_folder(folder) / "bench"
-    out.mkdir(parents=True, exist_ok=True)  # refused now, not after all the work
-    check_writable(out / f"{config.name}.json")
 
     held_out = None
     if text is not None:
@@ -272,13 +270,13 @@ def main() -> None:
         "seconds": seconds,
         "samples": samples,
     }
-    write_json(out / f"{config.name}.json", result)  # whatever becomes of its figures
+    write_json(out, result)  # whatever becomes of its figures
     greedy = config.temperature == 0
     result["figures"] = evaluate(methods, config.seed, samples, seconds, costs, greedy=greedy)
-    write_json(out / f"{config.name}.json", result)
-    (out / f"{config.name}.md").write_text(bench_tables(result) + "\n", "utf-8")
-    plot_bench(result, out / f"{config.name}.png")
-    print(f"\n{bench_tables(result)}\n\nwritten: {out}/{config.name}.json, .md and .png")
+    write_json(out, result)
+    out.with_suffix(".md").write_text(bench_tables(result) + "\n", "utf-8")
+    plot_bench(result, out.with_suffix(".png"))
+    print(f"\n{bench_tables(result)}\n\nwritten: {out}, .md and .png")
     worst = max(
         (f.get("largest_gap", 0.0) for f in result["figures"]["heads"].values()), default=0.0
     )

@@ -131,11 +131,12 @@ class Sampler:
     def draw(self, logits: Tensor) -> tuple[Tensor, Tensor | None]:
         """One token after each of k nodes, by its index among the logits (k,), and its q (k, S).
 
-        Greedily it is the likeliest token, and there is no q: it is named, not drawn.
+        Greedily it is the likeliest token, and there is no q: it is named, not drawn. A head that
+        overflows writes what is no number. q is a law even so, if a useless one: the rule needs it.
         """
         if self.temperature == 0:
             return argmax(logits), None
-        q = self.distribution(logits)
+        q = self.distribution(logits.float().nan_to_num(nan=torch.finfo(torch.float32).min))
         return sample(q, self.uniforms(len(q))), q
 
     def likeliest(self, logits: Tensor, count: int) -> tuple[Tensor, Tensor]:

@@ -130,6 +130,8 @@ def run(main) -> None:
     except UserError as error:
         sys.exit(fail(error))
     except KeyboardInterrupt as interrupt:
+        for number in (signal.SIGINT, signal.SIGTERM):  # to ask again changes nothing any more
+            signal.signal(number, signal.SIG_IGN)
         print(f"\ninterrupted{': ' + str(interrupt) if str(interrupt) else ''}", file=sys.stderr)
         sys.exit(130)
     except torch.OutOfMemoryError as error:

@@ -7,6 +7,8 @@ the room, and are the same numbers in whichever dtype they are computed with.
 import glob
 import json
 import os
+import platform
+import re
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -36,11 +38,12 @@ def runs(process: int) -> bool:
 
 def scratch_of(path: Path) -> Path:
     """A name beside `path` for this process alone. What killed ones left there is removed."""
-    for left in path.parent.glob(f"{glob.escape(path.name)}.*.part"):
+    here = re.sub(r"\W", "-", platform.node())  # a folder may be shared between machines
+    for left in path.parent.glob(f"{glob.escape(f'{path.name}.{here}')}.*.part"):
         number = left.name.split(".")[-2]
         if number.isdecimal() and os.name == "posix" and not runs(int(number)):
             left.unlink(missing_ok=True)
-    return path.with_name(f"{path.name}.{os.getpid()}.part")
+    return path.with_name(f"{path.name}.{here}.{os.getpid()}.part")
 
 
 @contextmanager

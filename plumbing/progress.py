@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from plumbing.cli import UserError
-from plumbing.files import load_checkpoint, save_checkpoint
+from plumbing.files import as_other_version, load_checkpoint, save_checkpoint
 
 # The columns of the log that are printed; the CSV has all of them.
 ON_SCREEN = ("loss", "valid_bits_per_byte", "loss_sup", "share_found", "gradient_ratio")
@@ -63,11 +63,12 @@ class Progress:
                 f"{self.path} is unfinished training of the first edition: "
                 f"finish it at commit 70beb28, or remove it"
             )
-        check_same(self.path, saved["settings"], self.settings)
-        for key, part in self.parts.items():
-            part.load_state_dict(saved["parts"][key])
-        for key in STATE:
-            setattr(self, key, saved[key])
+        with as_other_version(self.path):
+            check_same(self.path, saved["settings"], self.settings)
+            for key, part in self.parts.items():
+                part.load_state_dict(saved["parts"][key])
+            for key in STATE:
+                setattr(self, key, saved[key])
         print(f"{self.name}: going on at step {self.step} of {self.steps}")
 
     def elapsed(self) -> float:

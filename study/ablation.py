@@ -23,7 +23,7 @@ from costs import DRAFT_POSITIONS, chain_paths, expected_length, walk
 from draft_head import HeadConfig, build_head
 from plumbing.cli import UserError, option, parse, run
 from plumbing.curves import read_log
-from plumbing.files import load_checkpoint, write_json
+from plumbing.files import load_checkpoint, only_writer, write_json
 from plumbing.machine import choose_autocast, choose_device, keep_heap
 from plumbing.progress import check_same
 from recipe import HEADS, KOALA_WEIGHT, PRESETS, TrainConfig, head_settings, in_order
@@ -164,7 +164,8 @@ def text_of(recipe: TrainConfig, path: Path, checkpoint: dict) -> Text:
 def train_cells(config: AblationConfig, run_folder: Path, name: str) -> tuple:
     """Train those heads that the run's results do not have yet, beside its target.
 
-    Returns (the recipe, the folder `name` in which the heads lie, the target's fingerprint).
+    Returns (the recipe, the folder `name` in which the heads lie, the target's fingerprint). Raises
+    UserError where another process writes to that run.
     """
     path, device = target_file(run_folder), choose_device(config.device)
     target, checkpoint = load_target(path, device)
@@ -174,10 +175,12 @@ def train_cells(config: AblationConfig, run_folder: Path, name: str) -> tuple:
     text = text_of(recipe, path, checkpoint) if recipe.needs_text else None
     folder = recipe.folder / name
     folder.mkdir(parents=True, exist_ok=True)
-    for cell in config.cells or CELLS:
-        own = recipe.of_head(cell)
-        for seed in config.seeds or [recipe.seed]:
-            one = cell_config(recipe, folder, cell, seed, target)
+    heads = [
+        (cell, seed) for cell in config.cells or CELLS for seed in config.seeds or [recipe.seed]
+    ]
+    with only_writer(recipe.folder):
+        for cell, seed in heads:
+            own, one = recipe.of_head(cell), cell_config(recipe, folder, cell, seed, target)
             path = folder / f"{one.head}.pt"
             wanted = head_settings(one, one.head, checkpoint["fingerprint"])
             if path.is_file():

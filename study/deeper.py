@@ -19,6 +19,7 @@ from functools import partial
 import torch
 
 from model import GPT
+from plumbing.files import only_writer
 from plumbing.machine import choose_autocast, choose_device
 from recipe import target_settings
 from study.ablation import AblationConfig, recipe_of, text_of
@@ -67,7 +68,8 @@ def real_targets(run_folder, folder, device: str) -> dict:
         how = dict(tokens=tokens, learning_rate=rate, autocast=autocast, known_by=settings | new)
         how |= dict(batch_tokens=recipe.batch_tokens, optimizer=optimizer)
         make = partial(fit_target, to, text, model, recipe.seed, **how)
-        get_target(to, settings | new, make, text)
+        with only_writer(to.parent):
+            get_target(to, settings | new, make, text)
         return load_target(to, where)[0]
 
     torch.manual_seed(recipe.seed)

@@ -36,7 +36,7 @@ from study.replay import replay
 from study.report import foresight_table
 from study.sizes import TREES, Texts, plain_texts, taus_along
 from study.statistics import evaluate
-from targets.loading import WHICH_RUN, find_run, load, load_heads, results_folder
+from targets.loading import WHICH_RUN, find_run, load, load_heads, result_file, results_folder
 from targets.written import CONTINUING, self_written
 
 WINDOW = 256  # tokens of each text that is learnt from
@@ -236,6 +236,7 @@ def main() -> None:
     config = parse(ForesightConfig, about=__doc__)
     keep_heap()
     folder, begin = find_run(config.out_dir), time.monotonic()
+    path = result_file(folder, f"foresight-{kind_of(config.temperature)}.json")
     target, _, encoding = load(folder, None, config.device, config.dtype)
     heads = load_heads(folder, [config.head], target)
     head = heads[config.head]
@@ -254,8 +255,6 @@ def main() -> None:
         "foreseen": told,
         "validation": figures,
     }
-    path = results_folder(folder) / f"foresight-{kind_of(config.temperature)}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, result)  # whatever becomes of the test
     if config.test_prompts:
         result["test"] = on_test(config, target, heads, best, trees, folder, encoding)

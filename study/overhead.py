@@ -26,7 +26,7 @@ from recipe import KOALA_WEIGHT
 from study.ablation import AblationConfig, recipe_of
 from study.report import overhead_table
 from targets.features import Features, evenly
-from targets.loading import WHICH_RUN, find_run, load, results_folder, target_file
+from targets.loading import WHICH_RUN, find_run, load, result_file, target_file
 from targets.runs import settings_of
 from targets.text import Text
 from train import new_training
@@ -90,6 +90,7 @@ def main() -> None:
     config = parse(OverheadConfig, about=__doc__)
     keep_heap()
     folder = find_run(config.out_dir, needs_head=False)
+    path = result_file(folder, "overhead.json")
     target, _, _ = load(folder, None, config.device, config.dtype)
     device, dtype = target.embed.weight.device, target.embed.weight.dtype
     known = settings_of(target_file(folder), target.about)
@@ -132,8 +133,6 @@ def main() -> None:
         "batch_tokens": windows[:, :-1].numel(),
         "overhead": rows,
     }
-    path = results_folder(folder) / "overhead.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, result)
     print(f"{overhead_table(result)}\n\nwritten: {path}")
 

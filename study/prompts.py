@@ -26,7 +26,7 @@ from plumbing.cli import UserError, option, parse, run
 from plumbing.files import atomic_write
 from speculate import check_prompt, generate
 from targets.bpe import encode, encode_prompt
-from targets.loading import WHICH_RUN, find_run, load, results_folder
+from targets.loading import WHICH_RUN, find_run, load, result_file
 from targets.outputs import is_loop
 from targets.runs import settings_of, trained_heads
 from targets.text import Document, Text, packages_for
@@ -87,6 +87,7 @@ def read_questions(path: Path) -> list[Question]:
                 raise ValueError("its category is no text")
             if not texts or not all(isinstance(text, str) and text.strip() for text in texts):
                 raise ValueError("its turns are not texts")
+            "".join([category, *texts]).encode()  # JSON may hold half a character: a surrogate
         except (ValueError, KeyError, TypeError) as error:
             reason = f"no {error}" if isinstance(error, KeyError) else error
             raise UserError(f"{path}, line {number} is no question: {reason}") from error
@@ -179,7 +180,7 @@ def held_out_text(trained: dict, split: str) -> Text | None:
 def from_file(path: Path) -> list[Question]:
     """The questions of a .jsonl file; of any other file each line, as a question."""
     try:
-        if path.suffix.lower() in (".jsonl", ".json"):
+        if path.suffix.lower() in (".jsonl", ".json", ".ndjson", ".jsonlines"):
             return read_questions(path)
         lines = [line.rstrip("\r") for line in path.read_text("utf-8-sig").split("\n")]
         return [Question("file", [line]) for line in lines if line.strip()]
@@ -227,14 +228,14 @@ def check_prompts(config, target, depth: int, prompts: list) -> list[int]:
     for candidate in prompts:
         asked = isinstance(candidate, Question)
         prompt = target.chat.prompt(candidate.turns[:1]) if asked else candidate.tokens
+        room = min(config.max_new_tokens, target.config.context - len(prompt))
         try:
             check_prompt(target.config, prompt)
+            if room < depth + 2:
+                raise UserError(f"there is room for {room} new tokens, a cycle needs {depth + 2}")
         except UserError as error:
             words = " ".join(candidate.turns[0].split())[:40] if asked else "a passage"
             raise UserError(f"prompt {len(rooms) + 1} ({words!r}): {error}") from error
-        room = min(config.max_new_tokens, target.config.context - len(prompt))
-        if room < depth + 2:
-            raise UserError(f"a prompt has room for {room} new tokens, a cycle needs {depth + 2}")
         rooms.append(room)
     return rooms
 
@@ -320,8 +321,7 @@ def main() -> None:
     folder = find_run(config.out_dir, needs_head=False)
     head = "auto" if trained_heads(folder) else None
     target, head, encoding = load(folder, head, config.device, config.dtype)
-    path, rows = results_folder(folder) / MARKED, []
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path, rows = result_file(folder, MARKED), []
     for split in ("valid", "test"):
         text = held_out_text(target.about, split)
         if text is None:

@@ -24,7 +24,7 @@ from recipe import in_order
 from sampling import Sampler
 from study.prompts import Prompt, check_prompts, choose_prompts, held_out_text, load_prompts
 from study.replay import PlainText, replay
-from targets.loading import SIZES, WHICH_RUN, find_run, load, load_heads, results_folder
+from targets.loading import SIZES, WHICH_RUN, find_run, load, load_heads, result_file
 from targets.outputs import is_loop
 from targets.runs import fingerprint, trained_heads
 
@@ -126,6 +126,7 @@ def main() -> None:
     names = in_order(trained_heads(folder))
     if not names:
         raise UserError(f"there is no trained head in {folder}: train one with python train.py")
+    path = result_file(folder, SIZES)
     target, _, encoding = load(folder, None, config.device, config.dtype)
     heads = load_heads(folder, names, target)
     found = {name: {"weights": fingerprint(head), "lookup": {}} for name, head in heads.items()}
@@ -150,8 +151,6 @@ def main() -> None:
             print(f"{name}, {len(texts)} {kind} texts: {told}", flush=True)
         # Their passes are the target's alone: those measured beside the last head.
         copies[f"alone, {kind}"] = speeds_of_copies(alone, 0, costs)
-    path = results_folder(folder) / SIZES
-    path.parent.mkdir(parents=True, exist_ok=True)
     device = describe_device(target.embed.weight.device)
     write_json(path, found | {"copies": copies, "costs from": origin() | {"device": device}})
     print(f"written: {path} in {(time.monotonic() - begin) / 60:.1f} min")

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from draft_head import Batch
 from model import GPT
+from plumbing.cli import UserError
 from targets.text import Text
 
 VALID_WINDOWS = 128  # of held-out text: heads are evaluated on them
@@ -26,6 +27,12 @@ def evenly(rows: Tensor, count: int) -> Tensor:
     """At most `count` of the rows, evenly spread over all documents; at least one."""
     count = max(1, min(count, len(rows)))
     return rows[torch.linspace(0, len(rows) - 1, count).long()]
+
+
+def check_states(states: Tensor) -> None:
+    """Raise UserError where states in float16 have overflowed: heads would learn nothing."""
+    if not states.isfinite().all():
+        raise UserError("the target's hidden states are beyond 65,504, the largest of float16")
 
 
 class Features:
@@ -47,6 +54,7 @@ class Features:
         kept = torch.empty(shape, dtype=torch.float16, device=device)
         for i in range(0, len(windows), 8):
             kept[i : i + 8] = self.compute(windows[i : i + 8].long().to(device))
+        check_states(kept)
         self.kept = kept
         print(f"hidden states of {count:,} tokens computed in {time.monotonic() - start:.0f} s")
 

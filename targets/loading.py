@@ -14,7 +14,14 @@ from pathlib import Path
 import torch
 
 from costs import LENGTH, Bench
-from plumbing.files import atomic_write, load_checkpoint, save_checkpoint
+from plumbing.cli import UserError
+from plumbing.files import (
+    as_other_version,
+    atomic_write,
+    check_writable,
+    load_checkpoint,
+    save_checkpoint,
+)
 from plumbing.machine import choose_device, compile_layers
 from targets.bpe import build_encoding
 from targets.chat import Chat
@@ -44,7 +51,9 @@ def find_run(out_dir: str | None, chat: bool = False, needs_head: bool = True) -
         if (heads or not needs_head) and target.parent.name != NOT_MEANT:
             newest[target.parent] = max(file.stat().st_mtime for file in [*heads, target])
     for folder in sorted(newest, key=newest.get, reverse=True):
-        if not chat or "chat" in load_checkpoint(folder / "target.pt", "target")["tokenizer"]:
+        if not chat or "chat" in load_checkpoint(folder / "target.pt", "target").get(
+            "tokenizer", ()
+        ):
             return folder
     talks = TRAINED / "smollm2"
     return talks if chat and talks.is_dir() else TRAINED / "cpu"
@@ -63,6 +72,14 @@ def name_of(folder: Path) -> str:
 def results_folder(folder: Path) -> Path:
     """Where results about a run are written: its own folder, or one under out/."""
     return Path("out") / f"trained-{folder.name}" if came_along(folder) else folder
+
+
+def result_file(folder: Path, name: str) -> Path:
+    """A file for results about a run. Refused now, not after all the work, if it is unwritable."""
+    path = results_folder(folder) / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    check_writable(path)
+    return path
 
 
 def target_file(folder: Path) -> Path:
@@ -96,7 +113,8 @@ def choose_dtype(name: str, target, device: torch.device) -> tuple[torch.dtype, 
 
     On CUDA that is bfloat16 wherever it is supported. On a CPU it depends on the instructions and
     on the target's size. So a plain step and a pass over 8 tokens are timed in both dtypes.
-    bfloat16 rounds more coarsely: it has to be a tenth faster.
+    bfloat16 rounds more coarsely, and a short timing errs: it has to be a quarter faster, so that
+    one machine gives one answer, and with it the same text.
     """
     if name != "auto":
         return getattr(torch, name), "as asked for"
@@ -111,7 +129,15 @@ def choose_dtype(name: str, target, device: torch.device) -> tuple[torch.dtype, 
             samples[dtype].append(bench.read(1) + bench.read(8))
     float32, bfloat16 = (statistics.median(values[1:]) for values in samples.values())
     why = f"a pass in bfloat16 takes {bfloat16 / float32:.1f} times as long as in float32"
-    return (torch.bfloat16 if bfloat16 < 0.9 * float32 else torch.float32), why
+    return (torch.bfloat16 if bfloat16 < 0.75 * float32 else torch.float32), why
+
+
+@torch.inference_mode()
+def check_numbers(target, folder: Path) -> None:
+    """Raise UserError for a target that overflows: finite weights can be too large as well."""
+    token = torch.zeros(1, 1, dtype=torch.long, device=target.embed.weight.device)
+    if not target.lm_head(target(token)).isfinite().all():
+        raise UserError(f"the target of {folder} writes no numbers: its weights are damaged")
 
 
 def add_sizes(folder: Path, heads: dict) -> None:
@@ -147,18 +173,21 @@ def load(out_dir=None, head="auto", device="auto", dtype="auto", compile=False):
     """
     folder, device = find_run(out_dir), choose_device(device)
     # Read on the CPU: a GPU need not hold it in float32 as well.
-    target, checkpoint = load_target(target_file(folder))
+    target, checkpoint = load_target(path := target_file(folder))
+    with as_other_version(path):
+        encoding = build_encoding(checkpoint["tokenizer"])
+        chat = Chat.of(encoding, checkpoint["tokenizer"])
     chosen, target.why_dtype = choose_dtype(dtype, target, device)
     target.to(device, chosen)
+    target.about = {key: value for key, value in checkpoint.items() if key != "weights"}
+    target.chat = chat
+    check_numbers(target, folder)
     if compile:
         compile_layers(target)
     if head is not None:
         path = head_path(folder, favourite(folder) if head == "auto" else head)
         head = load_head(path, target, checkpoint["fingerprint"])
         add_sizes(folder, {path.stem: head})
-    encoding = build_encoding(checkpoint["tokenizer"])
-    target.chat = Chat.of(encoding, checkpoint["tokenizer"])
-    target.about = {key: value for key, value in checkpoint.items() if key != "weights"}
     return target, head, encoding
 
 

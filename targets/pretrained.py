@@ -60,10 +60,10 @@ READ = {
     "vocab_size",
     "rope.scaling.original_context_length",
 }
-READ |= {"rope.scaling.finetuned", "attention.causal", "tensor_data_layout", "pooling_type"}
+READ |= {"rope.scaling.finetuned", "tensor_data_layout", "pooling_type"}
 NEUTRAL = {"rope.scaling.type": "none", "rope.scaling.factor": 1.0, "rope.scale_linear": 1.0}
 NEUTRAL |= {"rope.scaling.attn_factor": 1.0, "embedding_scale": 1.0, "residual_scale": 1.0}
-NEUTRAL |= {"logit_scale": 1.0}
+NEUTRAL |= {"logit_scale": 1.0, "attention.causal": True}
 OUTSIDE = {  # the tensors outside the layers
     "embed": ("token_embd", "model.embed_tokens"),
     "norm": ("output_norm", "model.norm"),
@@ -219,13 +219,14 @@ def read_gguf(path: Path, context: int) -> Source:
     known = READ | {names[GGUF] for names in SETTINGS.values()}
     for key, value in about.items():
         name = key.removeprefix("llama.")
-        if name == key or name in known or value in (0, False, ""):
+        if name == key or name in known:
             continue
         expected = neutral.get(name)
-        alike = value == expected or (
+        unused = not value and expected is not True  # most are switched off by 0
+        close = (
             isinstance(value, float) and expected and math.isclose(value, expected, rel_tol=1e-4)
         )
-        if not alike:
+        if not (unused or close or value == expected):
             raise UserError(f"its {key} is {value}, which this GPT does not have")
 
     def read(name: str) -> Tensor:
@@ -307,6 +308,11 @@ def read_safetensors(folder: Path, context: int) -> Source:
     path, page = folder / "tokenizer_config.json", folder / "chat_template.jinja"
     about = read_json(path) if path.is_file() else {}
     template = page.read_text("utf-8") if page.is_file() else about.get("chat_template")
+    more = folder / "generation_config.json"  # Llama 3's first one names its ends there alone
+    both = [settings, read_json(more) if more.is_file() else {}]
+    ends = [each.get("eos_token_id") for each in both]
+    ends = [end for one in ends for end in (one if isinstance(one, list) else [one])]
+    settings["eos_token_id"] = list(dict.fromkeys(end for end in ends if end is not None))
     tokenizer = tokenizer_in_json(read_json(folder / "tokenizer.json"), about, settings)
     return Source(config, HUB, set(where), read, tokenizer, template)
 
@@ -359,7 +365,10 @@ def chat_form(template: str, bos: str, eos: str) -> dict:
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", Generation]
     )
-    environment.globals |= {"raise_exception": refuse, "strftime_now": time.strftime}
+    # Its date is one day for ever, that of Llama 3's template: a model read twice has one form.
+    day = time.strptime("2024-07-26", "%Y-%m-%d")
+    dated = {"strftime_now": lambda form: time.strftime(form, day)}
+    environment.globals |= {"raise_exception": refuse} | dated
     marks = [f"<mark{i}>" for i in range(5)]
     given = {"add_generation_prompt": True, "bos_token": bos, "eos_token": eos}
     given |= {"tools": None, "documents": None}

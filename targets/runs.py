@@ -37,7 +37,8 @@ def settings_of(path: Path, checkpoint: dict) -> dict:
 
     Raises UserError for a head that only the first edition could train.
     """
-    old = checkpoint["training"]["settings"]
+    with as_other_version(path):
+        old = dict(checkpoint["training"]["settings"])
     for name, gone in (("round", "in rounds of --minutes"), ("supervised", "with the LK loss")):
         if old.get(name) not in (None, "paper"):
             raise UserError(
@@ -142,8 +143,9 @@ def trained_heads(folder: Path) -> list[str]:
 def weights_to_start(path: Path, shape: HeadConfig, target_print: str) -> dict:
     """The weights of the head that --init names. Raises UserError where they do not fit."""
     checkpoint = load_checkpoint(path, "draft head")
-    if checkpoint["target"] != target_print:
-        raise UserError(f"--init {path}: that head was trained for another target")
-    if HeadConfig(**checkpoint["config"]) != shape:
-        raise UserError(f"--init {path}: that head has another shape: {shape}")
-    return checkpoint["weights"]
+    with as_other_version(path):
+        if checkpoint["target"] != target_print:
+            raise UserError(f"--init {path}: that head was trained for another target")
+        if HeadConfig(**checkpoint["config"]) != shape:
+            raise UserError(f"--init {path}: that head has another shape: {shape}")
+        return checkpoint["weights"]

@@ -17,6 +17,7 @@ bpe.py turns text into tokens.
 
 import hashlib
 import importlib.util
+import os
 import sys
 import sysconfig
 from dataclasses import dataclass
@@ -105,16 +106,17 @@ def read_paths(paths: list[str]) -> list[Document]:
                     raise UnicodeError("it holds NUL bytes")
             except (OSError, UnicodeError) as error:
                 if path.is_dir():
-                    other += [relative] if not is_binary(file) else []
+                    other += [] if is_binary(file) else [relative]
                     continue
                 raise UserError(f"--data: {file} cannot be read as UTF-8 text: {error}") from error
             if (print_of := digest(text)) in seen:
                 continue
             seen.add(print_of)
             task = relative.parts[0] if len(relative.parts) > 1 else path.resolve().stem
+            task = os.fsencode(task).decode("utf-8", "replace")  # it is shown and written
             files.append((str(relative), task, text))
     if other:
-        print(f"--data: {len(other)} files passed over, such as {other[0]}: they are not UTF-8")
+        print(f"--data: {len(other)} files passed over, such as {other[0]}: no text in UTF-8")
     total = sum(len(text) for _, _, text in files)
     documents = []
     for name, task, text in files:
@@ -139,12 +141,13 @@ def digest(text: str) -> str:
 
 
 def is_binary(path: Path) -> bool:
-    """Whether a file is no text in any encoding: it has a NUL byte, or cannot be read."""
+    """Whether a file is no text in any encoding: it has NUL bytes, and they are not UTF-16's."""
     try:
         with open(path, "rb") as file:
-            return b"\0" in file.read(8192)
-    except OSError:
-        return True
+            begin = file.read(8192)
+    except OSError:  # it may be text: nobody here can tell
+        return False
+    return b"\0" in begin and not begin.startswith((b"\xff\xfe", b"\xfe\xff"))
 
 
 def split_of(group: str) -> str:

@@ -25,7 +25,8 @@ LLAMA3 = (
 )
 ORDINARY, ADDED = 1, 4  # types of tokens in GGUF
 CUTS = (("Isolated", False), ("Removed", True))  # behavior and invert of a pattern's pieces
-PATTERNS = {"gpt-2": GPT2, "smollm": DIGITS, "llama-bpe": LLAMA3}
+PATTERNS = {"gpt-2": GPT2, "smollm": DIGITS}
+PATTERNS |= dict.fromkeys(("llama-bpe", "llama3", "llama-v3"), LLAMA3)
 
 
 class Tokenizer(NamedTuple):
@@ -51,8 +52,9 @@ def byte_level_bpe(tokenizer: Tokenizer) -> dict:
     vocabulary, special = tokenizer.vocabulary, dict(tokenizer.special)
     added, ends = tokenizer.added, tokenizer.ends
     for token in added:
-        if any(other != token and other.startswith(token) for other in special | added):
-            raise UserError(f"its added token {token!r} is the beginning of another one")
+        for other in special | added:  # whichever is the longer: tiktoken finds either first
+            if other != token and (other.startswith(token) or token.startswith(other)):
+                raise UserError(f"its added token {token!r} and {other!r} begin alike")
     # GPT-2 writes each byte as a character: printable ones as they are, the others from 256 on.
     shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
     hidden = [byte for byte in range(256) if byte not in shown]
@@ -74,8 +76,8 @@ def byte_level_bpe(tokenizer: Tokenizer) -> dict:
         tokens.append(token)
     special.setdefault(END_OF_TEXT, ends[0])
     values = {"name": "bpe", "pattern": tokenizer.pattern, "tokens": tokens, "special": special}
+    values["ends"] = ends  # a turn may end by another token than a text does
     values |= {"added": dict(added)} if added else {}
-    values |= {"ends": ends} if len(ends) > 1 else {}
     return values if tokenizer.begin is None else values | {"begin": tokenizer.begin}
 
 
@@ -117,8 +119,9 @@ def tokenizer_in_gguf(about: dict) -> Tokenizer:
     special = {token: i for i, token in enumerate(tokens) if kinds[i] not in (ORDINARY, ADDED)}
     added = {token: i for i, token in enumerate(tokens) if kinds[i] == ADDED}
     # Where the file is silent, llama.cpp puts this token before the texts of Llama 3 alone.
-    begin = bos if about.get("add_bos_token", cut == "llama-bpe") else None
-    whole, shown = cut == "llama-bpe", ("" if bos is None else tokens[bos], tokens[ends[0]])
+    whole = PATTERNS[cut] == LLAMA3
+    begin = bos if about.get("add_bos_token", whole) else None
+    shown = "" if bos is None else tokens[bos], tokens[ends[0]]
     return Tokenizer(tokens, merges, special, added, whole, PATTERNS[cut], begin, ends, *shown)
 
 
@@ -128,7 +131,7 @@ def tokenizer_in_gguf(about: dict) -> Tokenizer:
 def tokenizer_in_json(file: dict, about: dict, model: dict) -> Tokenizer:
     """The tokenizer of a tokenizer.json: `file`. Raises UserError for an unknown kind.
 
-    `about` comes from tokenizer_config.json, `model` from config.json.
+    `about` comes from tokenizer_config.json, `model` from config.json, `eos_token_id` as a list.
     """
     bpe = file["model"]
     if bpe.get("type", "BPE") != "BPE" or file.get("normalizer") or bpe.get("byte_fallback"):
@@ -142,8 +145,7 @@ def tokenizer_in_json(file: dict, about: dict, model: dict) -> Tokenizer:
             raise UserError(f"its added token {token['content']!r} is found by {wide[0]}")
         (special if token.get("special") else added)[token["content"]] = token["id"]
     ids = {i: token for token, i in (bpe["vocab"] | special | added).items()}
-    ends = model.get("eos_token_id")
-    ends = list(ends) if isinstance(ends, list) else [] if ends is None else [ends]
+    ends = model["eos_token_id"]
     if not ends and (named_end := about.get("eos_token")):
         content = named_end["content"] if isinstance(named_end, dict) else named_end
         ends = [i for i, token in ids.items() if token == content]

@@ -45,6 +45,7 @@ from plumbing.files import write_json
 from sampling import LAST_BELOW_1, sample
 from targets.bpe import build_encoding
 from targets.chat import Chat
+from targets.features import check_states
 from targets.text import Text, read_text
 
 TEMPERATURES = (0.2, 0.5, 0.9)  # of answers, in turn
@@ -137,8 +138,12 @@ class Conversations:
         return torch.from_file(str(path), shared=False, size=size, dtype=dtype).view(-1, *shape)
 
     def append(self, tokens: Tensor, learn: Tensor, hidden: Tensor, seconds: float) -> None:
-        """Write further windows, all of them or none: the index counts them, and comes last."""
+        """Write further windows, all of them or none: the index counts them, and comes last.
+
+        Raises UserError for states beyond float16.
+        """
         arrays = {"tokens": tokens.int(), "learn": learn, "hidden": hidden.half()}
+        check_states(arrays["hidden"])
         for name, array in arrays.items():
             array = array.contiguous().cpu().numpy()
             # Bytes behind the last counted window are left by an interrupt, and overwritten.

@@ -25,6 +25,28 @@ from tests.mutations import MUTATIONS, Mutation
 ROOT = Path(__file__).parent.parent
 LEFT_OUT = shutil.ignore_patterns(".*", "out", "results", "docs", "__pycache__")  # .git, .venv
 JOBS = min(4, os.cpu_count() or 1)  # at once, each in a copy of its own
+PATIENCE = 900  # seconds, after which tests hang: that is noticed, too
+
+
+def first_failure(tests: str, folder: Path) -> str | None:
+    """The first of these tests that fails there; None: all pass. SystemExit: they cannot run."""
+    words = [sys.executable, "-m", "pytest", "-x", "-q", "-n", "0", "-p", "no:cacheprovider"]
+    for speed in ("not slow", "slow"):
+        command = [*words, "-m", speed, *shlex.split(tests)]
+        try:
+            found = subprocess.run(
+                command, cwd=folder, capture_output=True, text=True, timeout=PATIENCE
+            )
+        except subprocess.TimeoutExpired:
+            return f"{PATIENCE} seconds"
+        lines = [line.split() for line in found.stdout.splitlines()]
+        lines = [line for line in lines if line and line[0] in ("FAILED", "ERROR")]
+        # A fixture's error counts, that of a file does not: it would be one of any syntax error.
+        if found.returncode not in (0, 1, 5) or any("::" not in line[1] for line in lines):
+            raise SystemExit(f"{tests}: they cannot run:\n{found.stdout[-2000:]}")
+        if lines:
+            return lines[0][1]
+    return None
 
 
 def caught(mutation: Mutation, folder: Path) -> str | None:
@@ -32,19 +54,10 @@ def caught(mutation: Mutation, folder: Path) -> str | None:
     path = folder / mutation.file
     text = path.read_text("utf-8")
     path.write_text(text.replace(mutation.line, mutation.wrong), "utf-8")
-    words = [sys.executable, "-m", "pytest", "-x", "-q", "-n", "0", "-p", "no:cacheprovider"]
     try:
-        for speed in ("not slow", "slow"):
-            command = [*words, "-m", speed, *shlex.split(mutation.tests)]
-            found = subprocess.run(command, cwd=folder, capture_output=True, text=True)
-            lines = found.stdout.splitlines()
-            if failed := [line for line in lines if line.startswith(("FAILED", "ERROR"))]:
-                return failed[0].split()[1]
-            if found.returncode not in (0, 1, 5):  # 5: there is none of this speed
-                raise SystemExit(f"{mutation.file}: its tests cannot run:\n{found.stdout[-2000:]}")
+        return first_failure(mutation.tests, folder)
     finally:
         path.write_text(text, "utf-8")
-    return None
 
 
 def chosen(part: str, word: str) -> list[Mutation]:
@@ -72,10 +85,21 @@ def main() -> None:
         finally:
             folders.put(folder)
 
+    def whole(tests: str) -> str | None:
+        folder = folders.get()
+        try:
+            return first_failure(tests, folder)
+        finally:
+            folders.put(folder)
+
     with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(JOBS) as pool:
         for number in range(JOBS):
             folder = Path(scratch) / str(number)
             folders.put(shutil.copytree(ROOT, folder, ignore=LEFT_OUT))
+        # In a copy that is whole they pass: else they would catch anything.
+        for failed in pool.map(whole, dict.fromkeys(mutation.tests for mutation in asked)):
+            if failed:
+                raise SystemExit(f"{failed} fails in a copy that is whole")
         survived = 0
         for number, (mutation, test, seconds) in enumerate(pool.map(judged, asked), start=1):
             survived += test is None

@@ -207,6 +207,12 @@ PLANS = of(
         "NaN ranks first, and a node at probability 1 ties with its parent",
         "test_faults.py::test_a_draft_that_is_no_number_does_not_change_the_text",
     ),
+    (
+        "self.distribution(logits.float().nan_to_num(nan=torch.finfo(torch.float32).min))",
+        "self.distribution(logits)",
+        "a token is drawn from NaN, beyond the vocabulary",
+        "test_faults.py::test_a_draft_that_is_no_number_does_not_change_the_text",
+    ),
 )
 PLANS += of(
     "drafts.py",
@@ -463,8 +469,8 @@ FIGURES += of(
 FILES = of(
     "plumbing/files.py",
     (
-        'return path.with_name(f"{path.name}.{os.getpid()}.part")',
-        'return path.with_name(f"{path.name}.1.part")',
+        'return path.with_name(f"{path.name}.{here}.{os.getpid()}.part")',
+        'return path.with_name(f"{path.name}.{here}.1.part")',
         "two processes write to one scratch file",
         "test_faults.py::test_two_processes_that_save_one_file_leave_it_whole_at_any_time",
     ),
@@ -479,6 +485,210 @@ FILES = of(
         "weights_only=False",
         "a checkpoint may run code",
         "test_model.py::test_code_in_a_checkpoint_is_not_executed",
+    ),
+    (
+        "fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)",
+        "pass",
+        "two commands write to one folder",
+        "test_faults.py::test_a_second_writer_is_told_who_writes",
+    ),
+    (
+        "except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:",
+        "except (TypeError, ValueError, RuntimeError, AttributeError) as error:",
+        "a checkpoint that lacks a part is a KeyError",
+        "test_faults.py::test_a_checkpoint_of_another_version_is_named",
+    ),
+)
+FILES += of(
+    "plumbing/cli.py",
+    (
+        "        signal.signal(number, signal.default_int_handler)",
+        "        pass",
+        "an interrupt that a shell ignored is not heard",
+        "test_faults.py::test_an_interrupt_while_decoding_is_one_line_even_where_a_shell_ignored_it",
+    ),
+)
+FILES += of(
+    "plumbing/progress.py",
+    (
+        "        with as_other_version(self.path):",
+        "        if True:",
+        "unfinished training of another version is a traceback",
+        "test_faults.py::test_unfinished_training_of_another_version_is_named",
+    ),
+)
+FILES += of(
+    "study/ablation.py",
+    (
+        "    with only_writer(recipe.folder):",
+        "    if True:",
+        "a study writes where train.py does",
+        "test_faults.py::test_a_study_refuses_a_folder_that_is_being_written",
+    ),
+)
+FILES += of(
+    "study/prompts.py",
+    (
+        'path.read_text("utf-8-sig").split("\\n"), start=1)',
+        'path.read_text("utf-8-sig").splitlines(), start=1)',
+        "JSON is cut at characters that it may hold",
+        "test_faults.py::test_prompt_files_are_cut_at_line_breaks_alone",
+    ),
+    (
+        '            "".join([category, *texts]).encode()',
+        "            pass",
+        "half a character cannot be written, once all is measured",
+        "test_faults.py::test_half_a_character_is_refused_by_its_line",
+    ),
+)
+FILES += of(
+    "targets/text.py",
+    (
+        "            if (print_of := digest(text)) in seen:",
+        "            if (print_of := digest(text)) is None:",
+        "a text by two names is learnt and tested",
+        "test_faults.py::test_the_same_text_by_two_names_is_read_once",
+    ),
+    (
+        "        splits = by_shares(documents)",
+        "        pass",
+        "few files leave a part almost empty",
+        "test_faults.py::test_every_part_has_its_share_however_few_and_long_the_files",
+    ),
+    (
+        'hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()',
+        "hashlib.sha256(text.encode()).hexdigest()",
+        "a file name that is no UTF-8 is a traceback",
+        "test_faults.py::test_file_names_that_are_no_utf8_are_read_like_any_other",
+    ),
+)
+ELSEWHERE = of(
+    "targets/loading.py",
+    (
+        "    check_numbers(target, folder)",
+        "    pass",
+        "a target that overflows writes token 0 for ever",
+        "test_faults.py::test_a_target_that_overflows_is_refused_when_it_is_loaded",
+    ),
+)
+ELSEWHERE += of(
+    "targets/small.py",
+    (
+        "    if not math.isfinite(bits):",
+        "    if False:",
+        "a target that diverged is saved",
+        "test_faults.py::test_a_target_that_diverged_is_not_saved",
+    ),
+)
+ELSEWHERE += of(
+    "targets/features.py",
+    (
+        "    if not states.isfinite().all():",
+        "    if False:",
+        "a head learns from inf",
+        "test_faults.py::test_states_too_large_for_their_file_are_no_lesson",
+    ),
+)
+ELSEWHERE += of(
+    "targets/bpe.py",
+    (
+        "tokens += encoding.encode(part, **found)",
+        "tokens += encoding.encode_ordinary(part)",
+        "an added token is cut like any other text",
+        "test_faults.py::test_added_tokens_are_found_in_any_text_and_control_tokens_are_not",
+    ),
+    (
+        'encoding.stops = frozenset({encoding.eot_token, *tokenizer.get("ends", ())})',
+        "encoding.stops = frozenset({encoding.eot_token})",
+        "a text ends at one of its ends alone",
+        "test_pretrained.py::test_an_answer_ends_at_any_token_that_the_model_calls_an_end",
+    ),
+)
+ELSEWHERE += of(
+    "targets/chat.py",
+    (
+        "self.stops = frozenset({self.stop, *ends})",
+        "self.stops = frozenset({self.stop})",
+        "an answer ends at one of its ends alone",
+        "test_pretrained.py::test_an_answer_ends_at_any_token_that_the_model_calls_an_end",
+    ),
+    (
+        "for part in self.special.split(text) if trusted else [text]:",
+        "for part in self.special.split(text):",
+        "a message can end a turn by spelling its end",
+        "test_chat.py::test_what_a_user_types_never_becomes_a_special_token",
+    ),
+)
+ELSEWHERE += of(
+    "targets/tokenizers.py",
+    (
+        "    if joined != sorted(joined):",
+        "    if False:",
+        "merges in another order join other pairs",
+        "test_pretrained.py::test_what_would_not_come_out_exactly_is_refused_by_name",
+    ),
+    (
+        "if other != token and (other.startswith(token) or token.startswith(other)):",
+        "if other != token and other.startswith(token):",
+        "an added token is lost behind a special one",
+        "test_pretrained.py::test_what_would_not_come_out_exactly_is_refused_by_name",
+    ),
+    (
+        "            if best == len(merges):",
+        "            if False:",
+        "a token that no merges make is used",
+        "test_pretrained.py::test_what_would_not_come_out_exactly_is_refused_by_name",
+    ),
+    (
+        "added = {token: i for i, token in enumerate(tokens) if kinds[i] == ADDED}",
+        "added = {}",
+        "an added token of a GGUF file is cut like any other text",
+        "test_pretrained.py::test_an_added_token_is_found_in_any_text",
+    ),
+)
+ELSEWHERE += of(
+    "targets/pretrained.py",
+    (
+        "            values = values.view(-1, pairs, 2, values.shape[-1]).transpose(1, 2).flatten(0, 2)",
+        "            pass",
+        "the coordinates of a rotated pair stay side by side",
+        "test_pretrained.py::test_an_imported_target_is_the_model_that_was_written",
+    ),
+    (
+        "        if not (unused or close or value == expected):",
+        "        if False:",
+        "a setting that changes the model is passed over",
+        "test_pretrained.py::test_what_would_not_come_out_exactly_is_refused_by_name",
+    ),
+    (
+        "        unused = not value and expected is not True",
+        "        unused = not value",
+        "a model that sees what follows is taken for one that does not",
+        "test_pretrained.py::test_what_would_not_come_out_exactly_is_refused_by_name",
+    ),
+    (
+        '    given |= {"tools": None, "documents": None}',
+        "    pass",
+        "a template takes tools that nobody told it of for some",
+        "test_pretrained.py::test_a_template_is_given_what_transformers_gives_it",
+    ),
+    (
+        "    both = [settings, read_json(more) if more.is_file() else {}]",
+        "    both = [settings]",
+        "Llama 3 goes on after its turn",
+        "test_pretrained.py::test_an_answer_ends_at_any_token_that_the_model_calls_an_end",
+    ),
+    (
+        "    if unread:",
+        "    if False:",
+        "a bias is left out",
+        "test_pretrained.py::test_what_would_not_come_out_exactly_is_refused_by_name",
+    ),
+    (
+        'where = {name: path for name, path in where.items() if not name.endswith(".inv_freq")}',
+        "pass",
+        "tables of rotations are taken for weights",
+        "test_pretrained.py::test_an_imported_target_is_the_model_that_was_written",
     ),
 )
 
@@ -720,4 +930,5 @@ BLANKS = [
     for name in names
     if not exercise.fails
 ]
-MUTATIONS = RULES + DECODER + CACHE + PLANS + HEADS + GAME + FIGURES + FILES + ANSWERS + BLANKS
+MUTATIONS = RULES + DECODER + CACHE + PLANS + HEADS + GAME + FIGURES + FILES + ELSEWHERE
+MUTATIONS += ANSWERS + BLANKS

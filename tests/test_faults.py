@@ -14,7 +14,9 @@ import shutil
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,16 +25,26 @@ from toys import ScriptedHead, ScriptedTarget, random_prompts, tiny_head, tiny_t
 
 import speculate
 import train
-from drafts import GrowingTree, fixed_tree
+from drafts import Chain, GrowingTree, fixed_tree
 from model import GPTConfig, Rotary
 from plumbing.cli import UserError
-from plumbing.files import atomic_write, load_checkpoint, only_writer, save_checkpoint
+from plumbing.files import (
+    atomic_write,
+    load_checkpoint,
+    only_writer,
+    save_checkpoint,
+    scratch_of,
+)
+from plumbing.progress import KIND, Progress
 from recipe import PRESETS
 from speculate import generate
-from study.prompts import from_file, read_questions
+from study import ablation
+from study.prompts import Passage, check_prompts, from_file, read_questions
 from targets.bpe import PIECES, build_encoding, encode, tokenize
-from targets.runs import load_head, load_target
+from targets.features import Features
+from targets.runs import load_head, load_target, save_target
 from targets.text import LEAST, by_hash, describe, load_documents, read_paths, sizes
+from targets.written import Conversations
 
 CPU = torch.device("cpu")
 
@@ -106,13 +118,40 @@ def test_two_processes_that_save_one_file_leave_it_whole_at_any_time(tmp_path):
 def test_what_a_killed_process_left_is_cleared_away(tmp_path):
     dead = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], text=True,
                           capture_output=True).stdout.strip()  # fmt: skip
-    left, other = tmp_path / f"a[1].pt.{dead}.part", tmp_path / f"b.pt.{dead}.part"
-    ours = tmp_path / f"a[1].pt.{os.getppid()}.part"  # its process is there
-    for path in (left, other, ours):
-        path.write_bytes(b"half")
-    with atomic_write(tmp_path / "a[1].pt") as file:
+    path = tmp_path / "a[1].pt"
+    here = scratch_of(path).name.removeprefix(f"{path.name}.").removesuffix(f".{os.getpid()}.part")
+    left, other = f"{path.name}.{here}.{dead}.part", f"b.pt.{here}.{dead}.part"
+    alive = f"{path.name}.{here}.{os.getppid()}.part"
+    elsewhere = f"{path.name}.another-{here}.{dead}.part"  # a folder of two machines
+    for name in (left, other, alive, elsewhere):
+        (tmp_path / name).write_bytes(b"half")
+    with atomic_write(path) as file:
         file.write(b"whole")
-    assert {path.name for path in tmp_path.iterdir()} == {"a[1].pt", other.name, ours.name}
+    assert {file.name for file in tmp_path.iterdir()} == {path.name, other, alive, elsewhere}
+
+
+def test_without_locks_the_scripts_are_there_all_the_same():
+    """Windows has no fcntl."""
+    code = "import sys; sys.modules['fcntl'] = None; import bench, speculate, train"
+    code += "; from plumbing.files import only_writer; print('imported')"
+    root = Path(__file__).parent.parent
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "imported\n", "")
+
+
+def test_a_study_refuses_a_folder_that_is_being_written(tiny_run, tmp_path, call):
+    run = shutil.copytree(tiny_run.folder, tmp_path / "run")
+    context = multiprocessing.get_context("spawn")
+    ready, leave = context.Event(), context.Event()
+    first = context.Process(target=hold, args=(run, ready, leave))
+    first.start()
+    assert ready.wait(30)
+    flags = ["--out_dir", run, "--cells", "eagle-original", "--head_tokens", 100]
+    status, _, err = call(ablation.main, *flags)
+    leave.set()
+    first.join()
+    assert status == 2 and f"written by process {first.pid}" in err and err.count("\n") == 1
+    assert not [*(run / "ablation").glob("*.pt")]
 
 
 @pytest.mark.parametrize(
@@ -140,6 +179,69 @@ def test_a_checkpoint_of_another_version_is_named(tiny_run, tmp_path, change, na
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)
 
 
+def without(checkpoint: dict, *names: str) -> dict:
+    for name in names[:-1]:
+        checkpoint = checkpoint[name]
+    return checkpoint.pop(names[-1])
+
+
+@pytest.mark.parametrize(
+    "file, lost, argv",
+    [
+        ("target.pt", ["tokenizer"], ["--head", "none"]),
+        ("target.pt", ["tokenizer", "tokens"], ["--head", "none"]),
+        ("target.pt", ["fingerprint"], []),
+        ("eagle.pt", ["training"], ["--head", "eagle"]),
+        ("eagle.pt", ["target"], ["--head", "eagle"]),
+    ],
+)
+def test_a_checkpoint_that_lacks_a_part_is_named_while_decoding(
+    tiny_run, tmp_path, call, file, lost, argv
+):
+    run = shutil.copytree(tiny_run.folder, tmp_path / "run")
+    checkpoint = load_checkpoint(run / file, "target" if file == "target.pt" else "draft head")
+    without(checkpoint, *lost)
+    save_checkpoint(run / file, checkpoint)
+    status, _, err = call(speculate.main, "--out_dir", run, "--device", "cpu", *argv)
+    assert status == 2 and f"{run / file} was made by another version" in err, err
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("lost", [["config", "kind"], ["config"], ["weights"], ["training"]])
+def test_a_checkpoint_that_lacks_a_part_is_named_while_training(tiny_run, tmp_path, call, lost):
+    """As a head to start from, and as one that is there already."""
+    run = shutil.copytree(tiny_run.folder, tmp_path / "run")
+    checkpoint = load_checkpoint(run / "eagle.pt", "draft head")
+    without(checkpoint, *lost)
+    path = run / "eagle.pt" if lost == ["training"] else tmp_path / "start.pt"
+    save_checkpoint(path, checkpoint)
+    more = ["--init", path, "--head", "eagle"]
+    if lost == ["training"]:
+        more = ["--head", "eagle"]
+    else:
+        (run / "eagle.pt").unlink()
+    status, _, err = call(train.main, *tiny_run.flags, *more, "--out_dir", run)
+    assert status == 2 and err.count("\n") == 1 and str(path) in err, err
+
+
+@pytest.mark.parametrize("lost", [["parts", "head", "expand.blocks.0.qkv.weight"], ["step"]])
+def test_unfinished_training_of_another_version_is_named(tmp_path, lost):
+    def progress():
+        parts = {"head": tiny_head("eagle", 1, tiny_target(), steps=0)}
+        return Progress(tmp_path, "eagle", 5, {"seed": 1}, parts)
+
+    progress().save()
+    path = tmp_path / "eagle.progress.pt"
+    checkpoint = load_checkpoint(path, KIND)
+    if len(lost) > 1:
+        lost[-1] = next(iter(checkpoint["parts"]["head"]))
+    without(checkpoint, *lost)
+    save_checkpoint(path, checkpoint)
+    with pytest.raises(UserError, match="was made by another version") as caught:
+        progress()
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
 # ------------------------------------------------------------------------ numbers that are none
 
 
@@ -149,11 +251,11 @@ def test_a_checkpoint_of_another_version_is_named(tiny_run, tmp_path, change, na
 def test_a_draft_that_is_no_number_does_not_change_the_text(value, share, temperature):
     """NaN ranks above everything: the root fell out of its own tree, and 3 of 40 tokens were right.
 
-    At temperature 1 trees alone: they name their tokens, whose verdicts do not ask q.
+    A chain that was drawn from NaN had tokens beyond the vocabulary.
     """
     target = tiny_target(seed=2)
     plans = [GrowingTree(8, 4, 3, CPU), GrowingTree(12, 2, 4, CPU)]
-    plans += [fixed_tree(((0,), (1,), (0, 0)), CPU)]
+    plans += [fixed_tree(((0,), (1,), (0, 0)), CPU), Chain(4)]
     for kind in ("eagle", "medusa"):
         head = tiny_head(kind, 1, target, steps=20)
         torch.manual_seed(3)
@@ -186,6 +288,30 @@ def test_a_target_that_diverged_is_not_saved(text_folder, tmp_path, call, monkey
     assert (status, err) == (0, "")
 
 
+def test_a_target_that_overflows_is_refused_when_it_is_loaded(tiny_run, tmp_path, call):
+    """Its weights are numbers, what it writes is none: token 0 for ever, or an IndexError."""
+    run = shutil.copytree(tiny_run.folder, tmp_path / "run")
+    target, checkpoint = load_target(run / "target.pt")
+    target.norm.weight.fill_(1e38)
+    save_target(run / "target.pt", target, checkpoint["tokenizer"], checkpoint["training"])
+    for temperature in ("0", "1"):
+        argv = ["--out_dir", run, "--head", "none", "--device", "cpu", "--temperature", temperature]
+        status, _, err = call(speculate.main, *argv)
+        assert status == 2 and f"target of {run} writes no numbers" in err and err.count("\n") == 1
+
+
+def test_states_too_large_for_their_file_are_no_lesson(tmp_path):
+    """A head that learnt from inf was told to have diverged."""
+    target, windows = tiny_target().float(), torch.zeros(4, 9, dtype=torch.long)
+    target.norm.weight.fill_(1e6)
+    with pytest.raises(UserError, match=r"beyond 65,504"):
+        Features(target, windows, nullcontext)
+    written = Conversations(tmp_path / "texts", {"length": 8, "width": 4})
+    with pytest.raises(UserError, match=r"beyond 65,504"):
+        written.append(windows, windows > 0, torch.full((4, 8, 4), 1e6), 1.0)
+    assert Conversations(tmp_path / "texts", {"length": 8, "width": 4}).count == 0
+
+
 # ------------------------------------------------------------------------------- text of all kinds
 
 
@@ -194,7 +320,7 @@ def test_file_names_that_are_no_utf8_are_read_like_any_other(tmp_path):
     folder = tmp_path / "text"
     folder.mkdir()
     for name in (b"caf\xe9.txt", b"line\nbreak.txt", b"back\\slash.txt", b"plain.txt"):
-        with open(os.path.join(os.fsencode(folder), name), "w") as file:
+        with open(os.path.join(os.fsencode(folder), name), "w", encoding="utf-8") as file:
             file.write(f"{name!r} has a line like this one\n" * 2000)
     documents = read_paths([str(folder)])
     assert len({document.name.split("#")[0] for document in documents}) == 4
@@ -206,10 +332,11 @@ def test_files_of_another_encoding_are_counted(tmp_path, capsys):
     """Half of a folder was passed over without a word."""
     (tmp_path / "utf8.txt").write_text("gr\u00fc\u00dfe\n" * 100, "utf-8")
     (tmp_path / "latin.txt").write_text("gr\u00fc\u00dfe\n" * 100, "latin-1")
+    (tmp_path / "notepad.txt").write_text("gr\u00fc\u00dfe\n" * 100, "utf-16")
     (tmp_path / "picture.png").write_bytes(b"\x89PNG\0\xff" * 100)
     names = {document.name.split("#")[0] for document in read_paths([str(tmp_path)])}
     assert names == {"utf8.txt"}
-    assert "1 files passed over, such as latin.txt: they are not UTF-8" in capsys.readouterr().out
+    assert "2 files passed over, such as latin.txt: no text in UTF-8" in capsys.readouterr().out
 
 
 def test_the_same_text_by_two_names_is_read_once(tmp_path):
@@ -271,6 +398,35 @@ def test_prompt_files_are_cut_at_line_breaks_alone(tmp_path, mark, bom, end):
         assert [q.turns for q in questions] == [[f"one{mark}two"], ["three"]]
     (tmp_path / "q.txt").write_bytes((bom + f"one{mark}two{end}three{end}").encode())
     assert [q.turns for q in from_file(tmp_path / "q.txt")] == [[f"one{mark}two"], ["three"]]
+
+
+@pytest.mark.parametrize("name", ["q.jsonl", "q.ndjson", "q.jsonlines"])
+@pytest.mark.parametrize("place", ["turns", "category"])
+def test_half_a_character_is_refused_by_its_line(tmp_path, place, name):
+    """It could not be written with the results, once all was measured."""
+    rows = [{"turns": ["a"], "category": "b"}, {"turns": ["c"], "category": "d"}]
+    rows[1][place] = ["\ud800"] if place == "turns" else "e\ud800"
+    (tmp_path / name).write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(UserError, match=r"line 2 is no question: .*surrogates not allowed"):
+        from_file(tmp_path / name)
+
+
+def test_a_folder_whose_name_is_no_utf8_is_a_task_that_can_be_written(tmp_path):
+    folder = os.path.join(os.fsencode(tmp_path), b"caf\xe9")
+    os.mkdir(folder)
+    with open(os.path.join(folder, b"a.txt"), "w", encoding="utf-8") as file:
+        file.write("a line of it\n" * 100)
+    assert {document.task for document in read_paths([str(tmp_path)])} == {"caf\ufffd"}
+
+
+def test_a_prompt_without_room_is_named(tmp_path):
+    """The first of two refusals named it, and the second did not."""
+    target, prompts = tiny_target(), [Passage("a", [1, 2]), None]
+    target.chat = None
+    for length, words in ((20, "there is room for 4 new tokens"), (24, "reads at most 23")):
+        prompts[1] = Passage("b", [1] * length)
+        with pytest.raises(UserError, match=rf"prompt 2 \('a passage'\): .*{words}"):
+            check_prompts(SimpleNamespace(max_new_tokens=10), target, 4, prompts)
 
 
 @pytest.mark.parametrize("category", [5, ["a"], {"a": 1}, True])
@@ -383,9 +539,7 @@ def test_an_interrupt_while_decoding_is_one_line_even_where_a_shell_ignored_it(n
     time.sleep(0.2)
     process.send_signal(getattr(signal, name))
     _, err = process.communicate(timeout=30)
-    assert process.returncode in (0, 130)
-    if process.returncode == 130:
-        assert err.strip() == "interrupted"
+    assert (process.returncode, err.strip()) == (130, "interrupted")
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals are those of POSIX")

@@ -33,6 +33,7 @@ from targets.pretrained import PACKAGED, find_source, import_target
 from targets.runs import load_head, load_target
 from targets.text import read_text
 from targets.tokenizers import DIGITS, GPT2
+from targets.tokenizers import LLAMA3 as LLAMA3_PATTERN
 
 gguf = pytest.importorskip("gguf")
 safetensors = pytest.importorskip("safetensors.torch")
@@ -180,6 +181,7 @@ class Gguf:
     added: tuple = ()  # tokens that are added ones, found in any text
     spoilt: str = ""  # a tensor with a value that is not finite
     ends: dict = field(default_factory=lambda: {"bos": 1, "eos": 2})
+    special: tuple = tuple(SPECIAL)  # tokens that no text is cut into
 
     def write(self, path: Path) -> dict[str, torch.Tensor]:
         """Returns the weights as what can be read back, by their names on the hub."""
@@ -198,12 +200,13 @@ class Gguf:
         writer.add_tokenizer_model(self.model)
         writer.add_tokenizer_pre(self.pre)
         writer.add_token_list(TOKENS)
-        kinds = [3 if token in SPECIAL else 4 if token in self.added else 1 for token in TOKENS]
+        kinds = [4 if t in self.added else 3 if t in self.special else 1 for t in TOKENS]
         writer.add_token_types(kinds)
         writer.add_token_merges(self.merges)
         for name, number in self.ends.items():
             writer.add_uint32(f"tokenizer.ggml.{name}_token_id", number)
         kinds = {float: writer.add_float32, int: writer.add_uint32, str: writer.add_string}
+        kinds[bool] = writer.add_bool
         for name, value in self.settings.items():
             kinds[type(value)](name, value)
         if self.add_bos is not None:
@@ -257,6 +260,7 @@ class Folder:
     tied: bool = False
     vocab: int = len(TOKENS) + 2
     spoilt: str = ""  # a tensor with a value that is not a number
+    files: dict = field(default_factory=dict)  # further files, or others in place of these
 
     def write(self, path: Path) -> dict[str, torch.Tensor]:
         path.mkdir()
@@ -267,6 +271,11 @@ class Folder:
         for i, part in enumerate((names[::2], names[1::2])):  # in two files, as large models are
             tensors = {name: weights[name] for name in part} | (self.more if i else {})
             safetensors.save_file(tensors, path / f"model-{i}.safetensors")
+        for name, content in self.files.items():
+            if name.endswith(".json"):
+                (path / name).write_text(json.dumps(content))
+            else:
+                safetensors.save_file(content, path / name)
         config = {
             "model_type": "llama",
             "vocab_size": self.vocab,
@@ -293,7 +302,7 @@ class Folder:
             {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True},
         ]
         tokenizer = {
-            "model": model | self.model,
+            "model": {k: v for k, v in (model | self.model).items() if v is not None},
             "added_tokens": [{"content": t, "id": i, "special": True} for t, i in SPECIAL.items()],
             "pre_tokenizer": {"type": "Sequence", "pretokenizers": cutting},
             "normalizer": None,
@@ -308,6 +317,13 @@ class Folder:
         return weights
 
 
+class OldFolder(Folder):
+    def write(self, path: Path) -> None:
+        super().write(path)
+        for file in path.glob("*.safetensors"):
+            file.rename(path / f"pytorch_{file.stem}.bin")
+
+
 FACTORS = torch.tensor([1.0, 1.5, 4.0, 8.0])  # what Llama 3.1's files have for each rotated pair
 SOURCES = {
     "gguf, tied and quantized": (Gguf(), frequencies()),
@@ -316,6 +332,39 @@ SOURCES = {
     "safetensors, untied": (Folder(), frequencies()),
     "safetensors, tied": (Folder(tied=True), frequencies()),
     "safetensors, as Llama 3.1": (Folder({"rope_scaling": LLAMA3}), frequencies(LLAMA3)),
+    "safetensors, with tables of rotations": (  # as older versions of transformers wrote
+        Folder(more={"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(HEAD_DIM // 2)}),
+        frequencies(),
+    ),
+    "safetensors, beside an adapter": (
+        Folder(files={"adapter_model.safetensors": {"lora.weight": torch.ones(3)}}),
+        frequencies(),
+    ),
+    "safetensors, an index beside other weights": (
+        Folder(
+            files={
+                "model.safetensors.index.json": {
+                    "weight_map": {"a": "model-0.safetensors", "b": "model-1.safetensors"}
+                },
+                "model-of-another-kind.safetensors": {"other.weight": torch.ones(3)},
+            }
+        ),
+        frequencies(),
+    ),
+    "safetensors, a tokenizer without a type": (Folder(model={"type": None}), frequencies()),
+    "gguf, with settings that say what is usual": (
+        Gguf(
+            settings={
+                "llama.attention.causal": True,
+                "llama.attention.scale": HEAD_DIM**-0.5,
+                "llama.attention.key_length": HEAD_DIM,
+                "llama.expert_count": 0,
+                "llama.rope.scaling.type": "none",
+                "llama.logit_scale": 1.0,
+            }
+        ),
+        frequencies(),
+    ),
     "safetensors, in new style": (
         Folder({"rope_theta": None, "rope_parameters": LLAMA3 | {"rope_theta": THETA}}),
         frequencies(LLAMA3),
@@ -413,6 +462,81 @@ def test_a_template_may_end_turns_with_what_its_tokenizer_calls_the_end(tmp_path
     assert form_of(Folder({"eos_token_id": [0, 2]}, about=about), tmp_path) == FORM
 
 
+@pytest.mark.parametrize(
+    "source, ends",
+    [
+        (Gguf(), {2}),
+        (Gguf(ends={"bos": 1, "eos": 0, "eot": 2}), {0, 2}),
+        (Gguf(ends={"bos": 1, "eos": 0}), {0, 2}),  # a turn ends with the template's token too
+        (Gguf(ends={"bos": 1, "eos": 2, "eom": 1}), {1, 2}),
+        (Folder({"eos_token_id": [0, 2]}), {0, 2}),
+        (Folder({"eos_token_id": 0}), {0, 2}),
+        (Folder({"eos_token_id": 2}, files={"generation_config.json": {}}), {2}),
+        (Folder(files={"generation_config.json": {"eos_token_id": [2, 0, 1]}}), {0, 1, 2}),
+        (Folder({"eos_token_id": None}, files={"generation_config.json": {"eos_token_id": 0}}), {0, 2}),
+        (Folder({"eos_token_id": None}, about={"eos_token": "<|im_end|>"}), {2}),
+    ],
+)  # fmt: skip
+def test_an_answer_ends_at_any_token_that_the_model_calls_an_end(source, ends, tmp_path):
+    """Llama 3 first came with its end of a text in config.json, and others elsewhere."""
+    source.write(tmp_path / "model")
+    import_target(tmp_path / "model", tmp_path / "target.pt", 48)
+    target, _, encoding = load(tmp_path, None, "cpu", "float32")
+    assert target.chat.stops == ends and encoding.stops >= ends - {2}
+
+
+@pytest.mark.parametrize("special", [True, False])
+def test_an_added_token_is_found_in_any_text(special, tmp_path):
+    """Unless it is a special one; in GGUF they are of another type."""
+    name, kept = "<|im_start|>", [t for t in SPECIAL if t != "<|im_start|>"]
+    added = [{"content": t, "id": i, "special": special or t in kept} for t, i in SPECIAL.items()]
+    for i, source in enumerate(
+        [
+            Gguf(added=() if special else (name,), template=None),
+            Folder(tokenizer={"added_tokens": added}, about={"chat_template": None}),
+        ]
+    ):
+        source.write(tmp_path / f"model{i}")
+        (tmp_path / f"run{i}").mkdir()
+        import_target(tmp_path / f"model{i}", tmp_path / f"run{i}" / "target.pt", 48)
+        _, _, encoding = load(tmp_path / f"run{i}", None, "cpu", "float32")
+        tokens = encode(encoding, f"a {name}user")
+        assert (SPECIAL[name] in tokens) == (not special)
+        assert encoding.decode(tokens) == f"a {name}user"
+
+
+@pytest.mark.parametrize("pre", ["llama-bpe", "llama3", "llama-v3"])
+def test_llama_3s_pattern_goes_by_several_names(pre, tmp_path):
+    Gguf(pre=pre).write(tmp_path / "model")
+    import_target(tmp_path / "model", tmp_path / "target.pt", 48)
+    tokenizer = torch.load(tmp_path / "target.pt", weights_only=True)["tokenizer"]
+    assert tokenizer["pattern"] == LLAMA3_PATTERN and tokenizer["begin"] == 1
+
+
+ASKS_FOR_TOOLS = "{% if tools is not none %}{{ 'tools: ' + tools[0] }}{% endif %}" + TEMPLATE
+MARKS_ANSWERS = TEMPLATE.replace(
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}",
+    "{% if message['role'] == 'tool' %}{% continue %}{% endif %}{{ '<|im_start|>' + "
+    "message['role'] + '\n' }}{% generation %}{{ message['content'] }}{% endgeneration %}"
+    "{{ '<|im_end|>\n' }}",
+)
+KINDLY = "'<|im_start|>system\nBe kind.<|im_end|>\n'"
+DATED = TEMPLATE.replace(KINDLY, KINDLY.replace("Be kind.", "' + strftime_now('%d %b %Y') + '"))
+
+
+@pytest.mark.parametrize("template", [ASKS_FOR_TOOLS, MARKS_ANSWERS])
+def test_a_template_is_given_what_transformers_gives_it(template, tmp_path):
+    """`tools` are none, not unknown; answers are marked for training; `continue` is known."""
+    assert template != TEMPLATE
+    assert form_of(Gguf(template=template), tmp_path) == FORM
+
+
+def test_a_template_that_asks_for_the_date_has_one_form_on_every_day(tmp_path):
+    assert DATED != TEMPLATE
+    form = form_of(Gguf(template=DATED), tmp_path)
+    assert form == FORM | {"begin": FORM["begin"].replace("Be kind.", "26 Jul 2024")}
+
+
 def test_what_a_template_trims_is_trimmed(tmp_path):
     template = TEMPLATE.replace("['content']", "['content'] | trim")
     assert form_of(Gguf(template=template), tmp_path) == FORM | {"trims": True}
@@ -499,6 +623,15 @@ REFUSED = {
         "llama.rope.scale_linear is 2.0",
     ),
     "scores of another size": (Gguf(settings={"llama.attention.scale": 0.5}), "attention.scale"),
+    "a model that sees what follows": (
+        Gguf(settings={"llama.attention.causal": False}),
+        "llama.attention.causal is False",
+    ),
+    "an added token that begins like a special one": (
+        Gguf(added=("<|im_start|>",), special=("<|endoftext|>", "<|im_end|>", "<")),
+        "begin alike",
+    ),
+    "only older weights on the hub": (OldFolder(), "it has no model.safetensors"),
     "a model of experts": (Gguf(settings={"llama.expert_count": 8}), "llama.expert_count is 8"),
     "one part of several": (Gguf(settings={"split.count": 2}), "one of 2 parts"),
     "a spoilt weight": (

@@ -10,7 +10,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from toys import tiny_head, tiny_target
 
-from drafts import Chain, Draft, GrowingTree, Known, Lookup, Shape, ancestors, deepest, fixed_tree
+from drafts import (
+    Chain,
+    CopyFirst,
+    Draft,
+    GrowingTree,
+    Known,
+    Lookup,
+    Shape,
+    ancestors,
+    deepest,
+    fixed_tree,
+)
 from model import GPTConfig, KVCache
 from sampling import distribution, residual, sample
 from speculate import generate, match, verify
@@ -165,11 +176,13 @@ HEADS = {kind: tiny_head(kind, 1, TARGET, steps=40) for kind in ("medusa", "eagl
 
 @st.composite
 def plans(draw, kind: str):
-    which = draw(st.sampled_from(["chain", "fixed", "growing", "copies"]))
+    which = draw(st.sampled_from(["chain", "fixed", "growing", "copies", "copies first"]))
     if which == "chain":
         return Chain(draw(st.integers(1, 8)))
-    if which == "copies":
-        return Lookup(draw(st.integers(1, 4)), draw(st.integers(1, 9)))
+    if which.startswith("copies"):
+        copies = Lookup(draw(st.integers(1, 4)), draw(st.integers(1, 9)))
+        others = plans(kind).filter(lambda plan: not isinstance(plan, (Lookup, CopyFirst)))
+        return copies if which == "copies" else CopyFirst(copies, draw(others))
     if which == "fixed" or kind == "medusa":
         paths = {()}
         for _ in range(draw(st.integers(1, 8))):
@@ -210,7 +223,19 @@ def test_the_index_finds_what_a_search_finds(text, least):
 
 # ------------------------------------------------------------------------------------ the texts
 
-ENCODING = build_encoding(learn_tokenizer(["the cat sees the dog, the cat sleeps\n" * 20], 290))
+LEARNT = learn_tokenizer(["the cat sees the dog, the cat sleeps\n" * 20], 290)
+ENCODING = build_encoding(LEARNT)
+# As a pretrained one: special tokens, an added one, one row that is unused, two bytes that it lacks.
+NAMED = {"<end>": 290, "<|unused 291|>": 291, "<think>": 292}
+ELSEWHERE = build_encoding(
+    LEARNT
+    | {
+        "tokens": [*LEARNT["tokens"], *NAMED],
+        "special": {"<|endoftext|>": 290, "<end>": 290, "<|unused 291|>": 291, "\0": 0, "\1": 1},
+        "added": {"<think>": 292},
+    }
+)
+SPELT = st.lists(st.text(max_size=20) | st.sampled_from([*NAMED, "<th", "ink>"]), max_size=5)
 
 
 @given(st.text(max_size=80))
@@ -221,6 +246,17 @@ def test_tokens_are_the_text_again(text):
     assert encode(ENCODING, raw) == encode(ENCODING, text)
 
 
+@given(SPELT.map("".join))
+def test_tokens_of_a_pretrained_tokenizer_are_the_text_again(text):
+    """But for bytes that it lacks. What spells an added token is one, a special token never."""
+    text = text.encode("utf-8", "surrogatepass").decode("utf-8", "surrogateescape")
+    tokens = encode(ELSEWHERE, text)
+    kept = text.translate({0: None, 1: None}).encode("utf-8", "surrogateescape")
+    assert ELSEWHERE.decode_bytes(tokens) == kept
+    assert tokens.count(292) == text.count("<think>")
+    assert not {290, 291} & set(tokens)
+
+
 @given(st.lists(st.text(max_size=30).filter(lambda t: t.isascii()), min_size=1, max_size=4))
 def test_many_texts_are_cut_as_one_by_one(texts):
     rows = [[*encode(ENCODING, text), ENCODING.eot_token] for text in texts]
@@ -228,10 +264,12 @@ def test_many_texts_are_cut_as_one_by_one(texts):
 
 
 @given(
-    st.lists(st.lists(st.text(min_size=1).filter(str.strip), min_size=1, max_size=3), min_size=1)
+    st.lists(st.lists(st.text(min_size=1).filter(str.strip), min_size=1, max_size=3), min_size=1),
+    st.booleans(),
 )
-def test_question_files_are_read_as_they_were_written(tmp_path_factory, conversations):
+def test_question_files_are_read_as_they_were_written(tmp_path_factory, conversations, escaped):
+    """JSON may hold any character as it is, but for a few."""
     path = tmp_path_factory.mktemp("questions") / "q.jsonl"
-    rows = [json.dumps({"turns": turns}) for turns in conversations]
-    path.write_text("\n".join(rows) + "\n", "utf-8")
+    rows = [json.dumps({"turns": turns}, ensure_ascii=escaped) for turns in conversations]
+    path.write_bytes(("\n".join(rows) + "\n").encode())
     assert [question.turns for question in read_questions(path)] == conversations

@@ -136,7 +136,7 @@ def assert_same_weights(one, other) -> None:
 
 def log_of(path) -> list[dict[str, str]]:
     """The rows of a log, without the only column that differs from run to run."""
-    with open(path, newline="") as file:
+    with open(path, encoding="utf-8", newline="") as file:
         return [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(file)]
 
 
@@ -678,11 +678,11 @@ def test_a_head_of_the_first_edition_drafts_as_it_did(first_edition, name):
 
 def test_a_run_of_the_first_edition_can_be_measured(first_edition, call):
     """With its text, which has to be split as it was: else it is measured on what it learnt."""
-    Path("prompts.txt").write_text("The cat\nA dog sees\nThe old river\n")
+    Path("prompts.txt").write_text("The cat\nA dog sees\nThe old river\n", encoding="utf-8")
     argv = "--out_dir run --prompts_file prompts.txt --runs 1 --max_new_tokens 12 --sizes 4 4x6"
     status, out, err = call(bench.main, *argv.split(), "--heads", *EXPECTED["heads"])
     assert (status, err) == (0, "")
-    result = json.loads(Path("run/bench/bench.json").read_text())
+    result = json.loads(Path("run/bench/bench.json").read_text(encoding="utf-8"))
     assert set(result["on_held_out_text"]) == set(EXPECTED["heads"])
     for name in EXPECTED["heads"]:
         assert f"{name} tree 4x6" in result["methods"] and name in out
@@ -699,7 +699,7 @@ def test_heads_of_the_first_edition_are_trained_already_and_others_join_them(fir
         assert f"{name}: trained already" in out
     assert out.count("trained already") == 3 and Path("run/medusa.pt").is_file()
     assert [file.read_bytes() for file in files] == before
-    table = Path("run/heads.md").read_text()
+    table = Path("run/heads.md").read_text(encoding="utf-8")
     assert all(f"| {name} | " in table for name in ["medusa", *EXPECTED["heads"]])
     target, head, _ = load("run", "medusa", "cpu", "float64")
     plain = generate(target, EXPECTED["prompt"], 11).tokens

@@ -95,7 +95,7 @@ def test_the_run_that_came_along_decodes_from_anywhere_and_stays_as_it_is(came_a
     assert generate(target, [1, 2], 4, head=head).tokens == generate(target, [1, 2], 4).tokens
     assert not list(Path().iterdir())
 
-    Path("some.txt").write_text("The cat\nA dog sees\n")
+    Path("some.txt").write_text("The cat\nA dog sees\n", encoding="utf-8")
     argv = ["--prompts_file", "some.txt", "--max_new_tokens", 8, "--runs", 1, "--heads", "eagle"]
     status, out, err = call(bench.main, *argv)
     assert (status, err) == (0, "")
@@ -169,7 +169,9 @@ def test_the_lab_trains_one_layer_and_two_beside_the_target(
     records = [load("out/lab", name, dtype="float32")[1].training_record for name in LAB]
     assert [record["settings"]["layers"] for record in records] == [1, 2]
     assert {record["settings"]["adversarial_weight"] for record in records} == {0}
-    Path("some.txt").write_text("The cat\nA dog sees\n")  # and both heads are compared
+    Path("some.txt").write_text(
+        "The cat\nA dog sees\n", encoding="utf-8"
+    )  # and both heads are compared
     argv = ["--prompts_file", "some.txt", "--max_new_tokens", 8, "--runs", 1]
     assert "heads eagle, eagle-k2" in call(bench.main, *argv)[1]
     assert hashes(Path("out/lab"))["prompts.jsonl"] == hashes(came_along)["prompts.jsonl"]
