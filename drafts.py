@@ -2,9 +2,9 @@
 
 A draft is a tree of tokens. Its root is the last certain token; every path down from the root is
 one way the text may go on. A chain is the tree with one child at each node. The target reads all
-nodes at once, in one row. Each node sees the certain text and its own ancestors only: positions and
-an attention mask say so (SpecInfer, arXiv 2305.09781). A second guess at a place costs a node in
-that pass. It pays where a pass over 16 tokens costs hardly more than one over 5.
+nodes at once, in one sequence. Each node sees the certain text and its own ancestors only:
+positions and an attention mask say so (SpecInfer, arXiv 2305.09781). A second guess at a place
+costs a node in that pass. It pays where a pass over 16 tokens costs hardly more than one over 5.
 
 A **plan** makes the drafts. All plans have one interface:
 
@@ -16,8 +16,8 @@ A **plan** makes the drafts. All plans have one interface:
 - `Chain`: one token after the other. Greedily each is the head's likeliest token; above temperature
   0 each is *drawn* from the head's q, and `speculate.verify` judges it.
 - `FixedTree`: the same shape in every cycle. A node is named by the ranks of the guesses on its
-  path: (0, 2) is the third guess after the first. `best_tree` takes the nodes that were most often
-  right on validation text (Medusa, 2401.10774).
+  path: (0, 2) is the third-best token after the best first one. `best_tree` takes the nodes that
+  were most often right on validation text (Medusa, 2401.10774).
 - `GrowingTree`: the nodes that the head thinks likeliest, by the product of its probabilities along
   the path, found by a beam and ranked again (EAGLE-2, 2406.16858).
 - `Lookup`: no head at all. If the last n tokens stood in the text before, it copies what followed
@@ -45,8 +45,8 @@ from sampling import falling
 MAX_NODES = 256  # of a tree: a pass over more is no longer cheap anywhere
 WIDTH = 4  # nodes that a growing tree expands at each depth, and children of each
 MATCH = 2  # tokens that have to match, at least, before a copy takes the place of a head's draft
-ALONE = 1  # and where there is no head, and else nothing would be drafted (study/sizes.py)
-LONGEST = 4  # and at most: the longest match is taken
+ALONE = 1  # the same where there is no head, and else nothing would be drafted (study/sizes.py)
+LONGEST = 4  # tokens that are compared, at most: the longest match is taken
 COPIED = 8  # tokens copied at once
 GAMMA = 4  # tokens of a head's chain, where nothing else is asked for
 Branch = tuple[int, ...]
@@ -391,7 +391,7 @@ class Lookup:
             return root_only(known.root)._replace(source="copied")
         text = known.tokens[place : place + depth]
         while len(text) < depth:
-            text.append(text[place - len(known.tokens) + len(text)])
+            text.append(text[place - len(known.tokens) + len(text)])  # past the end, itself
         copied = torch.tensor(text, device=known.root.device)
         shape = chain_shape(len(text), known.root.device)
         return Draft(torch.cat([known.root, copied]), shape, source="copied")

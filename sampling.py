@@ -89,8 +89,7 @@ def acceptance(p: Tensor, q: Tensor) -> Tensor:
 def residual(p: Tensor, q: Tensor) -> Tensor:
     """norm(max(0, p - q)) (..., V): the target's token comes from it after a rejection.
 
-    Where p = q nothing is rejected, and p stands in for 0 / 0: rows are computed before it is known
-    which one is used.
+    Where p = q nothing is rejected, and p stands in for 0 / 0.
     """
     excess = (p - q).clamp(min=0.0)
     total = excess.sum(-1, keepdim=True)
@@ -129,15 +128,20 @@ class Sampler:
         return torch.rand(n, generator=self.generator, device=self.device, dtype=torch.float64)
 
     def draw(self, logits: Tensor) -> tuple[Tensor, Tensor | None]:
-        """One token after each of k nodes, by its index among the logits (k,), and its q (k, S).
+        """One token for each of k rows of logits, by its index there (k,), and its q (k, S).
 
-        Greedily it is the likeliest token, and there is no q: it is named, not drawn. A head that
-        overflows writes what is no number. q is a law even so, if a useless one: the rule needs it.
+        Greedily it is the likeliest token, and there is no q: it is named, not drawn.
         """
         if self.temperature == 0:
             return argmax(logits), None
-        q = self.distribution(logits.float().nan_to_num(nan=torch.finfo(torch.float32).min))
+        q = self.guess(logits)
         return sample(q, self.uniforms(len(q))), q
+
+    def guess(self, logits: Tensor) -> Tensor:
+        """q (..., S) of a head's logits (..., S): a distribution, as the rule needs it, even where
+        the head overflows and its logits are NaN; then a useless one.
+        """
+        return self.distribution(logits.float().nan_to_num(nan=torch.finfo(torch.float32).min))
 
     def likeliest(self, logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
         """The `count` likeliest tokens after each of k nodes, by index, and log q, (k, count) both.

@@ -19,8 +19,8 @@ place with probability
 because P(reject) = 1 - sum of min(p, q) = sum of max(0, p - q), the very sum that norm divides by.
 
 This holds at every place, whatever was written before. The p there is the target's after the tokens
-drafted before, and is used only if these were accepted: then they are the text. Their acceptance
-does not depend on x, which was drawn afterwards, nor on the uniforms that judge x and draw from the
+drafted before, and is used only if these were accepted: then they are the text. Whether they are
+depends neither on x, which was drawn afterwards, nor on the uniforms that judge x and draw from the
 residual. So the text has exactly the target's distribution (after temperature, top-k and top-p,
 which change p and q alike), however bad the draft, and wherever cycles end.
 
@@ -37,7 +37,7 @@ is the command line. In shapes () is a single number, V the vocabulary, D the wi
 N + 1 counts a draft's N tokens with its root, the last certain token. Read next: sampling.py.
 """
 
-import plumbing.early  # noqa: F401
+import plumbing.early  # noqa: F401 (for Ctrl-C during the imports)
 
 import math
 import sys
@@ -90,7 +90,7 @@ def match(tokens: Tensor, shape: Shape, choice: Tensor) -> tuple[Tensor, Tensor]
     token that follows.
     """
     if len(tokens) == 1:  # nothing was drafted: plain decoding is spared the work of the rule
-        return shape.parents[0], choice[0]  # the root, its own parent
+        return shape.parents[0], choice[0]  # node 0: the root, its own parent
     node = deepest(tokens == choice[shape.parents], shape)  # which does not ask the root
     return node, choice[node]
 
@@ -187,8 +187,9 @@ def generate(
     a chain of `gamma` tokens (`nodes=0`), or a tree of `nodes` tokens at most `gamma` deep. Where
     the last `lookup` tokens stood in the text before, what followed there is copied instead; this
     needs no head. A `plan` of drafts.py takes the place of all three. `on_cycle` is called with a
-    `Cycle` after each; its time is not counted. The same seed gives the same text again. Sampled
-    texts with drafts are others than without; their law is one. Raises UserError for bad requests.
+    `Cycle` after each; its time is not counted. The same seed gives the same text again. With
+    other drafts a sampled text is another one of the same distribution. Raises UserError for bad
+    requests.
     """
     check_prompt(target.config, prompt_tokens)
     if max_new_tokens < 1:
@@ -218,9 +219,9 @@ def generate(
     known.add(out.tokens, torch.cat([prompt[1:], last[None]]), hidden)
 
     while len(out.tokens) < limit and out.tokens[-1] not in stops:
-        # Draft below the last token, no deeper than can be written before the target's own token.
+        # Draft below the last token, but leave room for one token of the target's own. The depth is
+        # 0 in plain decoding, and in a last cycle that has room for no more.
         depth = min(plan.depth, limit - len(out.tokens) - 1)
-        # It is 0 in plain decoding, and in a last cycle that has room for one token.
         draft = plan.draft(known, depth, sampler) if depth > 0 else root_only(known.root)
         watch.lap("draft")
 
@@ -236,7 +237,7 @@ def generate(
         kept = torch.tensor(path, device=device)  # in place already where it is 0, 1, 2, ..
         cache.keep(start, kept, in_place=path[-1] == len(path) - 1)
         written, hidden = torch.cat([draft.tokens[kept[1:]], last[None]]), hidden[:, kept]
-        known.add(new, written, hidden)
+        known.add(new, written, hidden)  # the same tokens, as a list and as a tensor
         if cut := not stops.isdisjoint(new[:-1]):  # the text ends there, and the loop with it
             new = new[: 1 + min(new.index(stop) for stop in stops & set(new))]
         out.tokens += new
@@ -281,7 +282,7 @@ class DecodeConfig:
     max_new_tokens: int = option(128, "tokens to write for each prompt", least=1)
     lookup: int | None = option(
         None,
-        "copy where so many last tokens stood before, else the head drafts; 0: never; default: "
+        "copy where the last N tokens stood before, else the head drafts; 0: never; default: "
         "what was faster on validation prompts (bench.py: 0)",
     )
     temperature: float = option(0.0, "0 is greedy; higher is more varied")
@@ -397,7 +398,7 @@ def main() -> None:
     about = f"run {name_of(folder)}, head {name}, {describe_device(weight.device)}, {dtype}"
     print(about)
     if config.out_dir is None and came_along(folder):
-        print("(another: --out_dir FOLDER; your own, in an hour or two: train.py, see README)")
+        print("(another: --out_dir FOLDER; your own, in about an hour: train.py, see README)")
     if config.chat and target.chat is None:
         raise UserError("--chat needs a chat model: see targets/README.md for SmolLM2")
     head, plan, words = choose_draft(config, target, head, ALONE if name == "lookup" else 0)

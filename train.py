@@ -319,7 +319,7 @@ def train_head(
     else:
         if progress.step == 0:
             head.load_state_dict(
-                weights_to_start(Path(config.init), head.config, settings["target"])
+                weights_to_start(Path(config.init), head.config, target, settings["target"])
             )
             progress.keep_if_best(measure()["tau_estimate"], head, step=0)
         training.ready()
@@ -404,7 +404,7 @@ def train_heads(config: TrainConfig, text: Text | None, autocast: Autocast) -> N
             print(f"{name}: trained already")
             continue
         if own.init is not None:  # refused before any text is written
-            weights_to_start(Path(own.init), shape_of(own, name, target), target_print)
+            weights_to_start(Path(own.init), shape_of(own, name, target), target, target_print)
         if own.head_data not in data:
             data[own.head_data] = head_data(own, target, checkpoint, text, autocast)
         train_head(own, name, target, settings, *data[own.head_data], autocast)

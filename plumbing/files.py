@@ -22,7 +22,13 @@ try:
 except ImportError:  # Windows has none: nothing is locked there
     fcntl = None
 
-LOCK = ".lock"  # in a run's folder, with the number of the process that writes there
+LOCK = ".lock"  # in a folder, with the number of the process that writes there
+
+# What checkpoints hold at least, by their kind.
+PARTS = {
+    "target": ("config", "weights", "tokenizer", "fingerprint", "training"),
+    "draft head": ("config", "weights", "target", "training"),
+}
 
 
 def runs(process: int) -> bool:
@@ -47,17 +53,18 @@ def scratch_of(path: Path) -> Path:
 
 
 @contextmanager
-def only_writer(folder: Path):
-    """`with only_writer(folder): ...`: no other process may write to this run meanwhile.
+def only_writer(folder: Path, name: str = ""):
+    """`with only_writer(folder): ...`: no other process may write there meanwhile.
 
-    Readers need no lock: every file is whole at any time. A lock goes with its process, however
-    that ends. Raises UserError where another process holds it.
+    `name`: to the files of this name alone. Readers need no lock: every file is whole at any time.
+    A lock goes with its process, however that ends. Raises UserError where another process holds
+    it.
     """
     folder.mkdir(parents=True, exist_ok=True)
     if fcntl is None:
         yield
         return
-    path = folder / LOCK
+    path = folder / f"{LOCK}{name}"
     while True:
         file = open(path, "a+", encoding="utf-8")  # noqa: SIM115
         try:
@@ -66,8 +73,9 @@ def only_writer(folder: Path):
             with file:
                 file.seek(0)
                 holder = file.read().strip() or "another"
+            there = folder / name
             raise UserError(
-                f"{folder} is being written by process {holder}: wait for it, or stop it first"
+                f"{there} is being written by process {holder}: wait for it, or stop it first"
             ) from error
         except OSError:  # a file system without locks
             pass
@@ -157,13 +165,18 @@ def as_other_version(path: Path):
     """Whatever does not fit while a checkpoint's content is used: it is another version's."""
     try:
         yield
-    except UserError:
+    except (UserError, torch.OutOfMemoryError):
         raise
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
-        reason = f"no {error}" if isinstance(error, KeyError) else str(error).splitlines()[0]
+        reason = f"no {error}" if isinstance(error, KeyError) else in_a_line(error)
         raise UserError(
-            f"{path} was made by another version of this project ({reason}): train it anew"
+            f"{path} was made by another version of this project ({reason}): remove it, and train "
+            "anew"
         ) from error
+
+
+def in_a_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def load_checkpoint(path: Path, kind: str) -> dict:
@@ -177,8 +190,11 @@ def load_checkpoint(path: Path, kind: str) -> dict:
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file fails in many ways: in zip, pickle or torch
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = in_a_line(error)
         raise UserError(f"{path} is damaged or no checkpoint ({reason}): remove it") from error
     if not isinstance(checkpoint, dict) or checkpoint.get("kind") != kind:
         raise UserError(f"{path} is not the checkpoint of a {kind}")
+    with as_other_version(path):
+        for part in PARTS.get(kind, ()):
+            checkpoint[part]
     return checkpoint

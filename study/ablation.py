@@ -164,8 +164,8 @@ def text_of(recipe: TrainConfig, path: Path, checkpoint: dict) -> Text:
 def train_cells(config: AblationConfig, run_folder: Path, name: str) -> tuple:
     """Train those heads that the run's results do not have yet, beside its target.
 
-    Returns (the recipe, the folder `name` in which the heads lie, the target's fingerprint). Raises
-    UserError where another process writes to that run.
+    Returns (the recipe, the folder `name` in which the heads lie, the target's fingerprint). Two
+    processes may train different heads. Raises UserError where another one trains this head.
     """
     path, device = target_file(run_folder), choose_device(config.device)
     target, checkpoint = load_target(path, device)
@@ -178,11 +178,11 @@ def train_cells(config: AblationConfig, run_folder: Path, name: str) -> tuple:
     heads = [
         (cell, seed) for cell in config.cells or CELLS for seed in config.seeds or [recipe.seed]
     ]
-    with only_writer(recipe.folder):
-        for cell, seed in heads:
-            own, one = recipe.of_head(cell), cell_config(recipe, folder, cell, seed, target)
-            path = folder / f"{one.head}.pt"
-            wanted = head_settings(one, one.head, checkpoint["fingerprint"])
+    for cell, seed in heads:
+        own, one = recipe.of_head(cell), cell_config(recipe, folder, cell, seed, target)
+        path = folder / f"{one.head}.pt"
+        wanted = head_settings(one, one.head, checkpoint["fingerprint"])
+        with only_writer(folder, one.head):
             if path.is_file():
                 check_same(path, settings_of(path, load_checkpoint(path, "draft head")), wanted)
                 print(f"{one.head}: trained already")

@@ -236,8 +236,8 @@ def main() -> None:
     config = parse(ForesightConfig, about=__doc__)
     keep_heap()
     folder, begin = find_run(config.out_dir), time.monotonic()
-    path = result_file(folder, f"foresight-{kind_of(config.temperature)}.json")
     target, _, encoding = load(folder, None, config.device, config.dtype)
+    path = result_file(folder, f"foresight-{kind_of(config.temperature)}.json")
     heads = load_heads(folder, [config.head], target)
     head = heads[config.head]
     models, told = learnt(config, target, head, folder)

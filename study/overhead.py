@@ -90,8 +90,8 @@ def main() -> None:
     config = parse(OverheadConfig, about=__doc__)
     keep_heap()
     folder = find_run(config.out_dir, needs_head=False)
-    path = result_file(folder, "overhead.json")
     target, _, _ = load(folder, None, config.device, config.dtype)
+    path = result_file(folder, "overhead.json")
     device, dtype = target.embed.weight.device, target.embed.weight.dtype
     known = settings_of(target_file(folder), target.about)
     asked = AblationConfig(out_dir=config.out_dir, device=config.device, dtype=config.dtype)

@@ -22,6 +22,7 @@ from matplotlib.patches import FancyBboxPatch
 from drafts import GrowingTree
 from plumbing.cli import option, parse, run
 from plumbing.curves import colours
+from plumbing.machine import describe_device
 from sampling import acceptance, residual
 from speculate import generate
 from study.plots import STYLE
@@ -105,8 +106,13 @@ def draw_cycle(target, head, encoding, path: Path) -> None:
     said = f" {' '.join(written)}\n ({cycle.accepted} of 4 accepted, and one of the target's own)"
     axis.text(left, 0, said, va="center", fontsize=11)
     axis.set_yticks([0, 1], ["with drafts", "plain"])
+    where = target.embed.weight
     axis.set(
-        xlabel="milliseconds", ylim=(-0.5, 1.5), title="The same tokens, with and without drafts"
+        xlabel=f"milliseconds, {describe_device(where.device)}, {where.dtype}".replace(
+            "torch.", ""
+        ),
+        ylim=(-0.5, 1.5),
+        title="The same tokens, with and without drafts",
     )
     figure.savefig(path)
     plt.close(figure)
@@ -127,16 +133,18 @@ def draw_rule(target, head, encoding, path: Path) -> None:
     p, q, rest = (law[order].numpy() for law in (p, q, rest))
     figure, axis = plt.subplots(figsize=(10, 4.2))
     places, edges = np.arange(len(order)), np.arange(len(order) + 1) - 0.5
-    axis.bar(
-        places, np.minimum(p, q), 1.0, color="lightgray", label=f"accepted: alpha = {alpha:.2f}"
-    )
-    missing = np.clip(p - q, 0, None)
-    words = "what is missing: the residual, scaled up, gives the token of a rejection"
-    axis.bar(places, missing, 1.0, np.minimum(p, q), color=TARGET, alpha=0.5, label=words)
+    both, missing, too_much = np.minimum(p, q), np.clip(p - q, 0, None), np.clip(q - p, 0, None)
+    words = "missing: the residual, from which a rejection draws"
+    axis.bar(places, missing, 1.0, both, color=TARGET, alpha=0.5, label=words)
+    words = "rejected: in all as much as is missing"
+    style = dict(color="none", edgecolor=HEAD, lw=0, hatch="///")
+    axis.bar(places, too_much, 1.0, both, label=words, **style)
+    axis.bar(places, both, 1.0, color="lightgray", label=f"accepted: alpha = {alpha:.2f}")
     axis.stairs(p, edges, color=TARGET, lw=2, label="p, the target's")
     axis.stairs(q, edges, color=HEAD, lw=2, linestyle="--", label="q, the head's")
     axis.set_xticks(places, [spelt(encoding, token) for token in order.tolist()])
-    axis.set(title="One place of a draft: a token of q is accepted with probability min(1, p / q)")
+    title = "One place of a draft: a token drawn from q is accepted with probability min(1, p / q)"
+    axis.set(title=title, ylabel="probability")
     axis.legend()
     figure.savefig(path)
     plt.close(figure)
@@ -154,7 +162,7 @@ def draw_tree(target, head, encoding, path: Path) -> None:
     shape = draft.shape
     names = [spelt(encoding, token) for token in draft.tokens.tolist()]
     figure, (left, middle) = plt.subplots(1, 2, figsize=(11, 4.6), width_ratios=[1.2, 1])
-    bare(left, "the tree: coloured is what the target agrees with")
+    bare(left, "the tree: the root, and what the target agrees with, are coloured")
     depth, parents = shape.depth.tolist(), shape.parents.tolist()
     leaves = [i for i in range(len(names)) if i not in parents[1:]]
     height = {
@@ -177,7 +185,7 @@ def draw_tree(target, head, encoding, path: Path) -> None:
             bbox=dict(facecolor=color, edgecolor="black", boxstyle="round"),
         )
     left.margins(0.15)
-    bare(middle, "the row it reads, and whom each node sees")
+    bare(middle, "what each node (row) sees (grey)")
     middle.imshow(~shape.ancestors, cmap="gray", vmin=-1, vmax=1)
     places = range(len(names))
     middle.set_xticks(places, names, rotation=60)
@@ -208,7 +216,7 @@ def draw_heads(path: Path) -> None:
         x = 1 + 2.5 * i
         for k in (1, 2):
             box(left, x, 0.6 + k, f"$u + SiLU(W_{k} u + b)$", HEAD, 2.2)
-        box(left, x, 3.8, "$V u$", "lightgray", 2.2)
+        box(left, x, 3.8, "map to logits", HEAD, 2.2)
         arrow(left, (3.5, 0.4), (x, 1.2))
         arrow(left, (x, 2.0), (x, 2.2))
         arrow(left, (x, 3.0), (x, 3.4))
@@ -216,8 +224,8 @@ def draw_heads(path: Path) -> None:
     left.text(-0.6, 2.1, "K layers", rotation=90, va="center", ha="center", fontsize=12)
     left.set(xlim=(-1, 8), ylim=(-0.7, 5))
     bare(right, "EAGLE: one token after the other")
-    box(right, 1.4, 0, "$h_t$", TARGET, 2)
-    box(right, 4.2, 0, "embed($x_{t+1}$)", "lightgray", 2.6)
+    box(right, 1.4, 0, "embed($x_{t+1}$)", TARGET, 2.4)
+    box(right, 4.4, 0, "$h_t$", TARGET, 2)
     box(right, 2.8, 1.1, "$W$ [embed ; $h$]", HEAD, 3.4)
     for k in (1, 2):
         box(right, 2.8, 1.2 + k, f"decoder layer {k}", HEAD, 3.4)
@@ -229,10 +237,11 @@ def draw_heads(path: Path) -> None:
     right.text(4.7, 3.75, "$h'$, its guess of $h_{t+1}$", fontsize=11, va="center")
     right.text(2.8, 5.0, "q of $x_{t+2}$", ha="center", fontsize=11)
     right.text(0.6, 2.7, "K layers", rotation=90, va="center", ha="center", fontsize=12)
-    arrow(right, (5.8, 3.5), (5.6, 0.2), connectionstyle="arc3,rad=-0.2", linestyle="--")
-    again = "once more,\nwith $h'$ and the\ndrafted token:\nq of $x_{t+3}$, .."
+    arrow(right, (5.8, 3.5), (5.5, 0.1), connectionstyle="arc3,rad=-0.2", linestyle="--")
+    again = "once more,\n$h'$ for $h_t$,\nthe drafted token\nfor $x_{t+1}$:\nq of $x_{t+3}$, .."
     right.text(7.6, 1.9, again, ha="center", va="center", fontsize=11)
     right.set(xlim=(0, 9), ylim=(-0.7, 5.3))
+    figure.supxlabel("blue: the target's, frozen; orange: the head's, trained", fontsize=11)
     figure.savefig(path)
     plt.close(figure)
 
@@ -253,6 +262,8 @@ def draw_joint(path: Path) -> None:
     loss = r"$L_{sup} + \lambda\, L_{adv}$,   $L_{adv} = - E_q \log D$"
     right.text(3.7, 3.4, loss, ha="center", fontsize=12)
     right.text(3.7, 1.8, "held fixed", ha="center", fontsize=11)
+    words = "thick: learns; $h^+$: the target's next state, which the head has to guess"
+    figure.supxlabel(words, fontsize=11)
     arrow(right, (2.9, 0.0), (4.5, 0.0))
     right.text(3.7, 0.2, "p: $L_{sup}$", ha="center", fontsize=12)
     figure.savefig(path)

@@ -51,17 +51,19 @@ def plot_bench(result: dict, path: Path) -> None:
         color, chances = colour[methods[name]["head"]], f["conditional_acceptance"]
         hatch, line = ("", "o-") if methods[name]["setting"] == "chain" else ("///", "o--")
         left.barh(place, f["speedup"], color=color, hatch=hatch)
-        left.plot(f["speedup_range"], [place, place], "k|-", markersize=9)
+        left.plot(f["speedup_interval"], [place, place], "k|-", markersize=9)
         if not methods[name].get("lookup"):  # copies and drafts of another length are no one curve
             right.plot(range(1, len(chances) + 1), chances, line, color=color)
     places, predicted = range(len(heads)), [f["predicted_speedup"] for f in heads.values()]
     left.plot(predicted, places, "kD", markersize=5, label="predicted from the cost of each cycle")
-    left.plot([], [], "k|-", markersize=9, label="range of runs")
-    left.barh(0, 0, color="gray", hatch="///", label="another size of draft (right: dashed)")
+    left.plot([], [], "k|-", markersize=9, label="95 % interval over prompts")
+    left.barh(0, 0, color="gray", hatch="///", label="other drafts (right: dashed)")
     left.axvline(1.0, color="black", linestyle="--", label="plain decoding")
     left.set_yticks(places, [f"{name}, tau {f['tau']:.2f}" for name, f in heads.items()])
     left.set(title="speedup", ylim=(len(heads) - 0.5, -0.5))
-    right.set(title="acceptance, given all before", xlabel="draft position", ylim=(-0.02, 1.02))
+    right.set(
+        title="acceptance where all before passed", xlabel="draft position", ylim=(-0.02, 1.02)
+    )
     deepest = max(m["gamma"] for m in methods.values() if not m.get("lookup"))
     right.set_xticks(range(1, deepest + 1))
     figure.legend(loc="outside lower center", ncols=2)

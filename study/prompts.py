@@ -168,7 +168,7 @@ def held_out_text(trained: dict, split: str) -> Text | None:
     `trained`: the target's checkpoint, its weights are not needed. Raises UserError where text that
     was given has changed since.
     """
-    about, settings = trained["training"], settings_of(Path("target.pt"), trained)
+    settings, about = settings_of(Path("target.pt"), trained), trained["training"]
     if "data" not in about:
         return None
     text = Text(settings["data"], packages_for(settings["target_vocab"]), (split,))
@@ -224,15 +224,17 @@ def check_prompts(config, target, depth: int, prompts: list) -> list[int]:
 
     Raises UserError, before any time is spent, for a prompt without room for a whole cycle.
     """
-    rooms = []
+    rooms, needed = [], depth + 2
+    if config.max_new_tokens < needed:
+        raise UserError(f"--max_new_tokens {config.max_new_tokens}: a cycle needs {needed}")
     for candidate in prompts:
         asked = isinstance(candidate, Question)
-        prompt = target.chat.prompt(candidate.turns[:1]) if asked else candidate.tokens
-        room = min(config.max_new_tokens, target.config.context - len(prompt))
         try:
+            prompt = target.chat.prompt(candidate.turns[:1]) if asked else candidate.tokens
             check_prompt(target.config, prompt)
-            if room < depth + 2:
-                raise UserError(f"there is room for {room} new tokens, a cycle needs {depth + 2}")
+            room = min(config.max_new_tokens, target.config.context - len(prompt))
+            if room < needed:
+                raise UserError(f"there is room for {room} new tokens, a cycle needs {needed}")
         except UserError as error:
             words = " ".join(candidate.turns[0].split())[:40] if asked else "a passage"
             raise UserError(f"prompt {len(rooms) + 1} ({words!r}): {error}") from error

@@ -72,7 +72,7 @@ def chain_chances(head, text: PlainText, depth: int, sampler: Sampler) -> list[l
         if sampler.temperature == 0:
             chance = (head.vocabulary.tokens_at(argmax(logits)) == following).double()
         else:
-            q = head.vocabulary.spread(sampler.distribution(logits))
+            q = head.vocabulary.spread(sampler.guess(logits))
             chance = (q.gather(-1, following[:, None])[:, 0] / text.p[i:]).clamp(max=1.0)
         for row, value in zip(chances[1:], chance.tolist()):
             row.append(value)

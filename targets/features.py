@@ -30,9 +30,12 @@ def evenly(rows: Tensor, count: int) -> Tensor:
 
 
 def check_states(states: Tensor) -> None:
-    """Raise UserError where states in float16 have overflowed: heads would learn nothing."""
+    """Raise UserError where states in float16 are no numbers: heads would learn nothing."""
     if not states.isfinite().all():
-        raise UserError("the target's hidden states are beyond 65,504, the largest of float16")
+        raise UserError(
+            "the target's hidden states hold NaN, or values beyond 65,504, the largest of float16: "
+            "no head can learn from them"
+        )
 
 
 class Features:
@@ -54,7 +57,7 @@ class Features:
         kept = torch.empty(shape, dtype=torch.float16, device=device)
         for i in range(0, len(windows), 8):
             kept[i : i + 8] = self.compute(windows[i : i + 8].long().to(device))
-        check_states(kept)
+            check_states(kept[i : i + 8])
         self.kept = kept
         print(f"hidden states of {count:,} tokens computed in {time.monotonic() - start:.0f} s")
 

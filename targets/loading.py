@@ -31,6 +31,7 @@ from targets.runs import fingerprint, head_path, load_head, load_target, trained
 TRAINED = Path(__file__).parent.parent / "trained"
 NOT_MEANT = "smoke"  # a run of nonsense: it has to be asked for
 FAVOURITE = "eagle-koala"
+CLEAR = 0.75  # of a pass in float32: what takes less time in bfloat16 is decoded in it
 SIZES = "sizes.json"  # in a run's folder: what each size of draft brings
 WHICH_RUN = "the run's folder; default: your newest under out/, or trained/cpu"  # of --out_dir
 
@@ -113,8 +114,8 @@ def choose_dtype(name: str, target, device: torch.device) -> tuple[torch.dtype, 
 
     On CUDA that is bfloat16 wherever it is supported. On a CPU it depends on the instructions and
     on the target's size. So a plain step and a pass over 8 tokens are timed in both dtypes.
-    bfloat16 rounds more coarsely, and a short timing errs: it has to be a quarter faster, so that
-    one machine gives one answer, and with it the same text.
+    bfloat16 rounds more coarsely, and a short timing errs: it has to be a quarter faster (CLEAR),
+    so that one machine is likely to give one answer, and with it the same text.
     """
     if name != "auto":
         return getattr(torch, name), "as asked for"
@@ -128,8 +129,11 @@ def choose_dtype(name: str, target, device: torch.device) -> tuple[torch.dtype, 
         for dtype, bench in benches.items():
             samples[dtype].append(bench.read(1) + bench.read(8))
     float32, bfloat16 = (statistics.median(values[1:]) for values in samples.values())
-    why = f"a pass in bfloat16 takes {bfloat16 / float32:.1f} times as long as in float32"
-    return (torch.bfloat16 if bfloat16 < 0.75 * float32 else torch.float32), why
+    ratio = bfloat16 / float32
+    why = f"a pass in bfloat16 takes {ratio:.2f} times as long as in float32"
+    if ratio < CLEAR:
+        return torch.bfloat16, why
+    return torch.float32, why + (f", not below {CLEAR:g}" if ratio < 1 else "")
 
 
 @torch.inference_mode()

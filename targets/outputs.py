@@ -36,5 +36,5 @@ def same_or_not(target, prompt: list[int], ours: list[int], plain: list[int]) ->
     place, gap = first_difference(target, prompt, ours, plain).values()
     if gap > NEAR_TIE[target.embed.weight.dtype]:
         return f"the outputs part after token {place}, at a clear choice (gap {gap:.2g}): a bug"
-    best = f"the target's two best are within rounding ({gap:.2g})"
-    return f"the two outputs are the same up to token {place}, after which {best}"
+    tie = f"there the target's two best tie (gap {gap:.2g}), and rounding decides"
+    return f"the outputs are the same up to token {place}; {tie}"

@@ -257,7 +257,13 @@ def read_gguf(path: Path, context: int) -> Source:
 
 
 def read_json(path: Path) -> dict:
-    return json.loads(path.read_text("utf-8"))
+    try:
+        value = json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path.name} is damaged: {error}") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path.name} is damaged: it holds no object")
+    return value
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -312,7 +318,8 @@ def read_safetensors(folder: Path, context: int) -> Source:
     both = [settings, read_json(more) if more.is_file() else {}]
     ends = [each.get("eos_token_id") for each in both]
     ends = [end for one in ends for end in (one if isinstance(one, list) else [one])]
-    settings["eos_token_id"] = list(dict.fromkeys(end for end in ends if end is not None))
+    rows = range(settings["vocab_size"])  # which an id of a token that never was trained lacks
+    settings["eos_token_id"] = list(dict.fromkeys(end for end in ends if end in rows))
     tokenizer = tokenizer_in_json(read_json(folder / "tokenizer.json"), about, settings)
     return Source(config, HUB, set(where), read, tokenizer, template)
 

@@ -140,7 +140,7 @@ def trained_heads(folder: Path) -> list[str]:
     return sorted(n for n in names if n.startswith(tuple(KINDS)) and ".progress" not in n)
 
 
-def weights_to_start(path: Path, shape: HeadConfig, target_print: str) -> dict:
+def weights_to_start(path: Path, shape: HeadConfig, target: GPT, target_print: str) -> dict:
     """The weights of the head that --init names. Raises UserError where they do not fit."""
     checkpoint = load_checkpoint(path, "draft head")
     with as_other_version(path):
@@ -148,4 +148,5 @@ def weights_to_start(path: Path, shape: HeadConfig, target_print: str) -> dict:
             raise UserError(f"--init {path}: that head was trained for another target")
         if HeadConfig(**checkpoint["config"]) != shape:
             raise UserError(f"--init {path}: that head has another shape: {shape}")
-        return checkpoint["weights"]
+        build_head(shape, target).load_state_dict(checkpoint["weights"])  # refused here if at all
+    return checkpoint["weights"]

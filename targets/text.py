@@ -116,7 +116,7 @@ def read_paths(paths: list[str]) -> list[Document]:
             task = os.fsencode(task).decode("utf-8", "replace")  # it is shown and written
             files.append((str(relative), task, text))
     if other:
-        print(f"--data: {len(other)} files passed over, such as {other[0]}: no text in UTF-8")
+        print(f"--data: {len(other)} files passed over, such as {other[0]}: not readable as UTF-8")
     total = sum(len(text) for _, _, text in files)
     documents = []
     for name, task, text in files:

@@ -41,7 +41,7 @@ from torch import Tensor
 
 from draft_head import Batch
 from plumbing.cli import UserError
-from plumbing.files import write_json
+from plumbing.files import only_writer, write_json
 from sampling import LAST_BELOW_1, sample
 from targets.bpe import build_encoding
 from targets.chat import Chat
@@ -380,14 +380,14 @@ def self_written(
 
     They are kept in `folder`; where there are too few, the target writes more. A target without a
     chat format continues passages of `text`; None: of the default text. `temperature`: see
-    `write_until`.
+    `write_until`. Raises UserError where another process writes there.
     """
     encoding = build_encoding(checkpoint["tokenizer"])
     chat = Chat.of(encoding, checkpoint["tokenizer"])
     about = {"target": checkpoint["fingerprint"], "length": length, "width": target.config.width}
     about |= {"seed": seed, "dtype": str(dtype), "rules": TEXTS if chat is None else CHATS}
     about |= {} if temperature is None else {"temperature": temperature}
-    written, openings = Conversations(folder, about), None
+    openings = None
     if chat is None:
         if text is None:
             text = read_text(None, ())
@@ -396,7 +396,9 @@ def self_written(
         size = min(OPENING, length // 2) - len(begin)
         openings = text.windows("train", size).long()
         openings = torch.cat([begin.expand(len(openings), -1), openings], 1)
-    writer = copy.deepcopy(target).to(dtype)  # as it will be when it decodes
-    write_until(written, writer, encoding, chat, openings, tokens, temperature)
-    del writer  # as large as the target
+    with only_writer(folder):
+        written = Conversations(folder, about)
+        writer = copy.deepcopy(target).to(dtype)  # as it will be when it decodes
+        write_until(written, writer, encoding, chat, openings, tokens, temperature)
+        del writer  # as large as the target
     return Written(target, written, held_out=False), Written(target, written, held_out=True)

@@ -39,13 +39,11 @@ def first_failure(tests: str, folder: Path) -> str | None:
             )
         except subprocess.TimeoutExpired:
             return f"{PATIENCE} seconds"
-        lines = [line.split() for line in found.stdout.splitlines()]
-        lines = [line for line in lines if line and line[0] in ("FAILED", "ERROR")]
-        # A fixture's error counts, that of a file does not: it would be one of any syntax error.
-        if found.returncode not in (0, 1, 5) or any("::" not in line[1] for line in lines):
+        # A fixture's error counts, that of a file does not (status 2): any syntax error is one.
+        if found.returncode not in (0, 1, 5):
             raise SystemExit(f"{tests}: they cannot run:\n{found.stdout[-2000:]}")
-        if lines:
-            return lines[0][1]
+        if failed := re.search(r"^(?:FAILED|ERROR) (\S+::\S+)", found.stdout, re.M):
+            return failed[1]
     return None
 
 

@@ -518,12 +518,45 @@ FILES += of(
     ),
 )
 FILES += of(
+    "plumbing/files.py",
+    (
+        "        for part in PARTS.get(kind, ()):",
+        "        for part in ():",
+        "a head without its record is a traceback after all the training",
+        "test_faults.py::test_a_damaged_head_beside_others_is_named",
+    ),
+    (
+        "    except (UserError, torch.OutOfMemoryError):",
+        "    except UserError:",
+        "who runs out of memory is told to train anew",
+        "test_faults.py::test_out_of_memory_is_not_another_version",
+    ),
+)
+FILES += of(
+    "targets/runs.py",
+    (
+        '        build_head(shape, target).load_state_dict(checkpoint["weights"])',
+        "        pass",
+        "--init is refused by a traceback, after the text is written",
+        "test_faults.py::test_a_checkpoint_that_lacks_a_part_is_named_while_training",
+    ),
+)
+FILES += of(
+    "targets/written.py",
+    (
+        "    with only_writer(folder):\n        written = Conversations(folder, about)",
+        "    if True:\n        written = Conversations(folder, about)",
+        "two processes write the same texts at once",
+        "test_faults.py::test_a_study_refuses_what_is_being_written",
+    ),
+)
+FILES += of(
     "study/ablation.py",
     (
-        "    with only_writer(recipe.folder):",
-        "    if True:",
-        "a study writes where train.py does",
-        "test_faults.py::test_a_study_refuses_a_folder_that_is_being_written",
+        "        with only_writer(folder, one.head):",
+        "        if True:",
+        "two studies train the same head at once",
+        "test_faults.py::test_a_study_refuses_what_is_being_written",
     ),
 )
 FILES += of(

@@ -289,13 +289,14 @@ def test_a_size_says_what_it_is():
 def test_the_dtype_is_the_one_measured_faster(monkeypatch):
     target = tiny_target().float()
     assert choose_dtype("float64", target, CPU)[0] == torch.float64
-    for slow, chosen in [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)]:
+    for ratio, chosen in [(2.0, torch.float32), (0.8, torch.float32), (0.7, torch.bfloat16)]:
 
-        def timed(bench, function, *arguments, slow=slow):
+        def timed(bench, function, *arguments, ratio=ratio):
             function(*arguments)
-            return 2.0 if bench.target.embed.weight.dtype == slow else 1.0
+            return ratio if bench.target.embed.weight.dtype == torch.bfloat16 else 1.0
 
         monkeypatch.setattr("costs.Bench.timed", timed)
         dtype, why = choose_dtype("auto", target, CPU)
-        assert dtype == chosen and "times as long" in why
+        assert dtype == chosen and f"{ratio:.2f} times as long" in why
+        assert ("not below 0.75" in why) == (ratio == 0.8)
         assert target.embed.weight.dtype == torch.float32  # measuring leaves it as it was
