@@ -137,8 +137,7 @@ def draw_rule(target, head, encoding, path: Path) -> None:
     words = "missing: the residual, from which a rejection draws"
     axis.bar(places, missing, 1.0, both, color=TARGET, alpha=0.5, label=words)
     words = "rejected: in all as much as is missing"
-    style = dict(color="none", edgecolor=HEAD, lw=0, hatch="///")
-    axis.bar(places, too_much, 1.0, both, label=words, **style)
+    axis.bar(places, too_much, 1.0, both, color=HEAD, alpha=0.25, label=words)
     axis.bar(places, both, 1.0, color="lightgray", label=f"accepted: alpha = {alpha:.2f}")
     axis.stairs(p, edges, color=TARGET, lw=2, label="p, the target's")
     axis.stairs(q, edges, color=HEAD, lw=2, linestyle="--", label="q, the head's")
@@ -162,7 +161,7 @@ def draw_tree(target, head, encoding, path: Path) -> None:
     shape = draft.shape
     names = [spelt(encoding, token) for token in draft.tokens.tolist()]
     figure, (left, middle) = plt.subplots(1, 2, figsize=(11, 4.6), width_ratios=[1.2, 1])
-    bare(left, "the tree: the root, and what the target agrees with, are coloured")
+    bare(left, "a tree: its root and the accepted nodes coloured")
     depth, parents = shape.depth.tolist(), shape.parents.tolist()
     leaves = [i for i in range(len(names)) if i not in parents[1:]]
     height = {

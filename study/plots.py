@@ -62,7 +62,7 @@ def plot_bench(result: dict, path: Path) -> None:
     left.set_yticks(places, [f"{name}, tau {f['tau']:.2f}" for name, f in heads.items()])
     left.set(title="speedup", ylim=(len(heads) - 0.5, -0.5))
     right.set(
-        title="acceptance where all before passed", xlabel="draft position", ylim=(-0.02, 1.02)
+        title="acceptance, given all before", xlabel="draft position", ylim=(-0.02, 1.02)
     )
     deepest = max(m["gamma"] for m in methods.values() if not m.get("lookup"))
     right.set_xticks(range(1, deepest + 1))
