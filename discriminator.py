@@ -65,8 +65,8 @@ class Discriminator(nn.Module):
     The context c is h_t, from which the head guessed, the target's own state h+ = h_{t+i} at the
     guessed place, and the draft position i. The head cannot see h+, and D is never needed for
     decoding. A *blind* D is shown the head's own guess h' in place of h+, and the text's token in
-    place of p: it knows no more than the head does. g and b are one small network, so that one
-    product with W scores the whole vocabulary. In shapes D is the width of a state.
+    place of p: it knows no more than the head does. g and b come from one small network: a product
+    with W then scores the whole vocabulary. In shapes D is the width of a state.
     """
 
     def __init__(self, lm_head: Tensor, num_positions: int, hidden: int = 512):
@@ -85,10 +85,8 @@ class Discriminator(nn.Module):
         self._frozen = (lm_head.detach(),)  # in a tuple: neither a parameter nor saved with D
 
     def context(self, h_from: Tensor, h_to: Tensor, position: int) -> Tensor:
-        """States (.., D): `h_from`, the h_t of the context, and `h_to`, its h+, or the head's guess
-        of it. `position`: from 0.
-
-        Returns g and b (.., D + 1).
+        """g and b (.., D + 1) of a context: its h_t, `h_from` (.., D), its h+ or the head's guess
+        of it, `h_to` (.., D), and the draft `position`, from 0.
         """
         where = self.position.weight[position]
         return self.judge(F.silu(self.read(torch.cat([h_from, h_to], dim=-1)) + where))
@@ -106,7 +104,7 @@ def exact_logits(p: Tensor, q: Tensor) -> Tensor:
 
 
 def discriminator_loss(logits: Tensor, p: Tensor, q: Tensor) -> Tensor:
-    """L_D, in nats, the mean over contexts. logits, p, q (..., V); p and q are held fixed."""
+    """L_D, in nats, the mean over contexts. logits, p, q (..., S); p and q are held fixed."""
     real = (p.detach() * F.logsigmoid(logits)).sum(-1)
     fake = (q.detach() * F.logsigmoid(-logits)).sum(-1)  # 1 - sigmoid(s) = sigmoid(-s)
     return -(real + fake).mean()

@@ -5,12 +5,12 @@ p = softmax(lm_head(h_t)). A draft head now guesses x_{t+2}, x_{t+3}, ... withou
 
 **Medusa** (arXiv 2401.10774) guesses every position from the same h_t, independently. Head i:
 
-    u = h_t;  K times  u <- u + SiLU(W_k u + b_k);  q = softmax(V_i u)  for x_{t+1+i}
+    u = h_t;  K times  u <- u + SiLU(W_ik u + b_ik);  q = softmax(V_i u)  for x_{t+1+i}
 
 **EAGLE** (arXiv 2401.15077) guesses the next *hidden state* and lets the target's own LM head turn
 it into a distribution, one token after the other. It knows each drafted token before it goes on:
 
-    u = W [embed(x_{t+1}) ; h_t];  K decoder layers;  -> h'_{t+1};  q = softmax(lm_head(h'_{t+1}))
+    u = W [embed(x_{t+1}) ; h_t] + b;  K decoder layers -> h'_{t+1};  q = softmax(lm_head(h'_{t+1}))
 
 **K** is the multi-layer structure of KOALA (arXiv 2408.08146): K = 1 is the original head of either
 paper, K >= 2 narrows the gap to the deep target, and costs K times the layers at drafting.
@@ -32,7 +32,7 @@ For training, both have
     head(batch, own_steps)                 a Guess: states of each draft position, maps to logits
     head.supervised_loss(...)              L_sup of one draft position
     head.prepare(target, batch)            a start in closed form, where there is one
-    head.learns_p                          whether L_sup compares with p, or with the text's token
+    head.learns_p                          whether its L_sup is with p, or with the text's token
 
 A head may know the S most frequent tokens only. Its logits are then (.., S) in place of (.., V):
 see `sampling.Vocabulary`. Read next: discriminator.py.
@@ -52,11 +52,11 @@ from sampling import Vocabulary
 
 @dataclass(frozen=True)
 class HeadConfig:
-    """The shape of a draft head; all widths are the target's."""
+    """The shape of a draft head; its states have the target's width."""
 
     kind: str  # "medusa" or "eagle"
     layers: int = 1  # K
-    num_heads: int = 4  # Medusa: the positions it can guess. EAGLE can go on as long as it likes
+    num_heads: int = 4  # Medusa: the positions it can guess. EAGLE can guess any number
     draft_vocab: int = 0  # S, the tokens it can guess; 0: all of the target's
     mlp_width: int = 0  # of EAGLE's layers; 0: that of the target's
 
@@ -73,7 +73,8 @@ class Batch(NamedTuple):
     """Windows of text that heads learn from, of T + 1 tokens each."""
 
     tokens: Tensor  # (B, T + 1)
-    hidden: Tensor  # (B, T, D): hidden[:, t] is the target's state after tokens[:, : t + 1]
+    # hidden[:, t] is the target's state after tokens[:, : t + 1]; `absorb` pairs it with the next.
+    hidden: Tensor  # (B, T, D)
     learn: Tensor  # (B, T + 1) bool: the tokens to be learnt; in a chat the model's own
 
     def rows(self, values: Tensor, i: int) -> Tensor:
@@ -87,9 +88,9 @@ class Batch(NamedTuple):
 class Guess(NamedTuple):
     """A head's guesses on a batch, for draft positions i = 1..P: states, and maps to logits.
 
-    A guess at position i is made at a state t, of token x_{t+1+i}. It is compared with the target's
-    own p there, that of state t + i. Its N rows are those of `Batch.rows`. The maps are still to be
-    applied: training never has the logits of all positions at once.
+    Position i guesses x_{t+1+i} from h_t. The target's own p of that token is that of h_{t+i}. Its
+    N rows are those of `Batch.rows`. The maps are still to be applied: training never has the
+    logits of all positions at once.
     """
 
     states: list[Tensor]  # of each position (N, D); EAGLE's are its guesses of the hidden states
@@ -105,8 +106,8 @@ class Rollout:
     Pass 1 reads the target's true states. Pass j + 1 reads the head's own guesses of pass j, as the
     head does while drafting. A place of pass 3, say, sees just what a draft's third token sees:
 
-        true states, from pass 1, of the places two and more before it
-        its guess of pass 2, of the place before it, and of pass 3, its own
+        from pass 1, which read true states, the places two and more before it
+        from pass 2, which read a guess, the place before it; from pass 3 its own
     """
 
     def __init__(self, num_layers: int):
@@ -186,7 +187,7 @@ class Medusa(nn.Module):
         return F.cross_entropy(logits, label)
 
     def prepare(self, target: GPT, batch: Batch) -> None:
-        """Nothing to solve: a Medusa head starts from zeros and the target's LM head."""
+        """Take V_i anew: the vocabulary may have been chosen since. There is nothing to solve."""
         with torch.no_grad():
             self.out.copy_(self.vocabulary.rows(target.lm_head.weight).T)
 
@@ -281,7 +282,7 @@ class Eagle(nn.Module):
         """The training form.
 
         In training, noise on the input states prepares the head for the errors of its own guesses,
-        which it reads while drafting: uniform, a tenth of the states' size (EAGLE, section 4.2).
+        which it reads while drafting (as in EAGLE): uniform, within a tenth of their deviation.
         `own_steps`: the draft positions trained. The first reads true states, each further one the
         guesses before it (HASS, 2408.15766; EAGLE-3, 2503.01840), along the text's own tokens: a
         guess counts only where all tokens drafted before it were accepted.
@@ -293,16 +294,16 @@ class Eagle(nn.Module):
         passes = Rollout(self.config.layers) if own_steps > 1 else None
         cos, sin, mask = self.rotary(0, length)
         for own in range(own_steps):
-            if own > 0:  # the guesses of the pass before are read one place further on
+            if own > 0:  # place t reads what the pass before guessed at t - 1
                 states = F.pad(states[:, :-1], (0, 0, 1, 0))
                 mask = Rollout.mask(length, own, states.device)
             states = self.step(batch.tokens[:, 1:-1], states, passes, (cos, sin, mask))
-            # (B, T - 1, D), but the first `own` places cannot guess that far ahead.
+            # (B, T - 1, D). At its first `own` places the draft would begin before the window.
             guesses.append(batch.rows(states[:, own:], own + 1))
         return Guess(guesses, [self.lm_head()] * own_steps)
 
     def supervised_loss(self, logits, label, state, true, feature_weight=1.0):
-        """SmoothL1(h', h) + 0.1 CE(p, q), a mean () over N rows: EAGLE, section 3.2.
+        """SmoothL1(h', h) + 0.1 CE(p, q), means () over N rows, as in EAGLE.
 
         logits (N, S), the guessed states and the true ones (N, D). `label`: p (N, S), or in trials
         the text's tokens (N,), or None: no CE. `feature_weight`: of SmoothL1; EAGLE-3 does without.
@@ -312,11 +313,12 @@ class Eagle(nn.Module):
 
     @torch.no_grad()
     def prepare(self, target: GPT, batch: Batch) -> None:
-        """Set W in closed form: the best linear guess of h_{t+1} from [embed(x_{t+1}) ; h_t].
+        """Set W and b in closed form: the best affine guess of h_{t+1} from [embed(x_{t+1}) ; h_t].
 
         The layers above start as the identity, so that the head begins as this least-squares
         solution, worth many minutes of gradient steps.
         """
+        self._lm_rows = None  # the vocabulary may have been chosen since
         embedded = F.embedding(batch.tokens[:, 1:-1], target.embed.weight)
         inputs = torch.cat([embedded, batch.hidden[:, :-1]], dim=-1)
         inputs = batch.rows(inputs, 1).double()  # (N, 2D)
@@ -333,7 +335,7 @@ class Eagle(nn.Module):
         return EagleState(KVCache(self.target.config, layers, max_length, like, batch))
 
     def absorb(self, state: EagleState, tokens: Tensor, hidden: Tensor) -> None:
-        """tokens (B, T), hidden (B, T, D): overwrite what drafting left by the true states."""
+        """tokens (B, T), hidden (B, T, D): read them in the place of what drafting left there."""
         state.cache.rollback(state.length)
         state.hidden = hidden[:, -1:]
         state.feature = self.step(tokens, hidden, state.cache)[:, -1:]

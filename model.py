@@ -37,7 +37,7 @@ class GPTConfig:
     num_kv_heads: int = 4  # fewer than num_heads: grouped-query attention
     mlp_width: int = 704  # about 8/3 of the width: SwiGLU has three matrices where an MLP has two
     rope_theta: float = 10000.0
-    rope_factors: tuple[float, ...] = ()  # each pair's frequency is divided by one; (): by 1
+    rope_factors: tuple[float, ...] = ()  # a divisor of each pair's frequency; (): all 1
     norm_eps: float = 1e-5
     tied: bool = True  # the LM head is the embedding matrix
 
@@ -68,8 +68,13 @@ class KVCache:
         self.length = 0
 
     def write(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Put (B, H, T, head_dim) keys and values after `length`; return all of the layer's."""
+        """Put (B, Hkv, T, hd) keys and values after `length`; return all of the layer's.
+
+        Raises ValueError where there is no room: torch would drop a single token in silence.
+        """
         end = self.length + keys.shape[2]
+        if end > self.max_length:
+            raise ValueError(f"{end} tokens exceed a cache of {self.max_length}")
         self.keys[layer, :, :, self.length : end] = keys
         self.values[layer, :, :, self.length : end] = values
         return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
@@ -85,9 +90,9 @@ class KVCache:
         self.length = length
 
     def keep(self, start: int, path: Tensor, in_place: bool) -> None:
-        """Keep the places start + path, in rising order, and forget all others from `start` on.
+        """Keep the places start + path, and forget all others from `start` on.
 
-        `in_place`: the path is the first places anyway, and nothing has to move.
+        `path` (n,) rises. `in_place`: the path is the first places anyway, and nothing has to move.
         """
         self.rollback(start + len(path))
         if not in_place:
@@ -126,7 +131,8 @@ class Rotary(nn.Module):
         end = start + length
         mask = None
         if start > 0 and length > 1:
-            first = len(self.causal) // 2 - end  # position t sees t + 1 keys
+            # From C - t - 1 on the row has t + 1 zeros: the keys that position t may see.
+            first = len(self.causal) // 2 - end
             mask = self.causal.unfold(0, end, 1)[first : first + length].flip(0)
         return self.cos[start:end], self.sin[start:end], mask
 
@@ -135,9 +141,9 @@ class Rotary(nn.Module):
 
         `seen` (T, M) bool: which of the last M keys each node may see; all see the `start` before.
         """
-        hidden = torch.zeros_like(seen, dtype=self.causal.dtype).masked_fill_(~seen, -math.inf)
+        unseen = torch.zeros_like(seen, dtype=self.causal.dtype).masked_fill_(~seen, -math.inf)
         before = self.causal[:start].expand(len(seen), start)
-        return self.cos[positions], self.sin[positions], torch.cat([before, hidden], 1)
+        return self.cos[positions], self.sin[positions], torch.cat([before, unseen], 1)
 
 
 class Block(nn.Module):
@@ -169,13 +175,12 @@ class Block(nn.Module):
         qk, v = qkv.split([self.num_heads + self.num_kv_heads, self.num_kv_heads], dim=1)
         cos, sin = cos.to(x.dtype), sin.to(x.dtype)
         qk = torch.addcmul(qk * cos, qk.roll(self.head_dim // 2, dims=-1), sin)
-        q, k = qk.split([self.num_heads, self.num_kv_heads], dim=1)  # (B, H, T, hd)
+        q, k = qk.split([self.num_heads, self.num_kv_heads], dim=1)  # (B, H or Hkv, T, hd)
         if cache is not None:
             k, v = cache.write(layer, k, v)  # (B, Hkv, length + T, hd)
         if length == 1:
-            # One query sees every key, and so do the queries that share a key with it. Read as one
-            # text of queries they spare the kernel a copy of the keys for each (half the time of a
-            # step with 96 texts at once).
+            # The H / Hkv queries that share keys see the same ones. As one text of queries they
+            # spare the kernel a copy of the keys for each (half the time of a step of 96 texts).
             q = q.view(batch, self.num_kv_heads, -1, self.head_dim)  # (B, Hkv, H / Hkv, hd)
         attended = F.scaled_dot_product_attention(
             q,
@@ -216,7 +221,7 @@ class GPT(nn.Module):
 
         With a cache the tokens continue what it holds, and it advances by T. The nodes of a tree
         come with their `positions` (T,) and a `mask` (T, T) bool: node i sees node j.
-        Raises ValueError beyond the context window.
+        Raises ValueError beyond the context window (for a tree IndexError).
         """
         start = cache.length if cache is not None else 0
         if mask is not None:

@@ -1,8 +1,8 @@
 """The settings of train.py, one table: default, meaning, range, and whose each one is.
 
-A setting of the target is recorded in the target's file, one of data, head or discriminator in each
-head's file, and one of the run in neither. A recorded setting has to be the same when a second
-command goes on with that file. A `hidden` one has no flag: presets, study/ and Python set it.
+`of` names the files in which a setting is recorded, the target's or each head's; its group is a
+section of --help. A recorded setting has to be the same when a second command goes on with that
+file. A `hidden` one has no flag: presets, study/ and Python set it.
 """
 
 import re
@@ -22,9 +22,9 @@ HEADS = ("medusa", "medusa-koala", "eagle", "eagle-koala")  # the original ones,
 LAB = ("eagle", "eagle-k2")  # one layer and two, without a discriminator
 WRITTEN_WINDOW = 128  # tokens of a text that the target writes: a small one repeats itself later on
 
-# The defaults below are those of `cpu`; README has its minutes and memory on two cores. Beside a
-# target from elsewhere (--target) the amounts of `pretrained` hold: those of a run of about two
-# hours for SmolLM2's EAGLE heads on two cores of an Intel Xeon with AMX (smollm2-four.json).
+# The defaults below are those of `cpu`; README has its minutes and memory on two cores. The preset
+# with --target is `pretrained`: a run of about two hours for SmolLM2's EAGLE heads on two cores of
+# an Intel Xeon with AMX.
 PRESETS = {
     "cpu": {},
     "lab": dict(head_data_tokens=500_000, head_tokens=1_400_000),
@@ -48,7 +48,7 @@ of_target = partial(option, group="target", of=("target",))
 of_data = partial(option, group="data", of=("head",))
 of_head = partial(option, group="head", of=("head",))
 of_d = partial(option, group="discriminator", of=("head",))
-named = partial(option, group="head", of=())  # recorded as it turns out for the head's name
+named = partial(option, group="head", of=())  # recorded by head_settings, as K and lambda
 hidden = dict(flag=False)
 
 
@@ -97,7 +97,7 @@ class TrainConfig:
     )
 
     head: str | None = named(None, "only this: medusa[-NAME], eagle[-NAME]; none: the target only")
-    layers: int | None = named(None, "K; default: 1, 2 for ...-koala, 3 for ...-k3", above=0)
+    layers: int | None = named(None, "K; default: 1, 2 for ..-koala.., 3 for ..-k3..", above=0)
     init: str | None = of_head(None, "file of a head to start from")
     head_tokens: int = of_head(3_200_000, "tokens to train on, repeats included", above=0)
     head_lr: float = of_head(2e-3, "peak learning rate", above=0)
@@ -105,7 +105,9 @@ class TrainConfig:
     own_steps: int = of_head(
         1, "draft positions that EAGLE trains on", least=1, most=2 * DRAFT_POSITIONS
     )
-    own_from: float = of_head(0.6, "share of steps before own_steps", least=0, most=1, **hidden)
+    own_from: float = of_head(
+        0.6, "share of steps with one draft position, before own_steps", least=0, most=1, **hidden
+    )
     feature_weight: float = of_head(1.0, "weight of states in EAGLE's loss", least=0, **hidden)
     labels: str = of_head(
         "own",
@@ -116,7 +118,7 @@ class TrainConfig:
     head_mlp_width: int = of_head(0, "of EAGLE's MLPs; 0: the target's", least=0, **hidden)
 
     adversarial_weight: float | None = named(
-        None, f"lambda; default: 0, and {KOALA_WEIGHT} for ...-koala", least=0
+        None, f"lambda; default: 0, and {KOALA_WEIGHT} for ..-koala..", least=0
     )
     discriminator: str = of_d(
         "learnt",
@@ -191,8 +193,8 @@ class TrainConfig:
 
     def layers_and_weight(self, name: str) -> tuple[int, float]:
         """(K, lambda) of the head of this name."""
-        layers, weight = (2, KOALA_WEIGHT) if name.endswith("-koala") else (1, 0.0)
-        if numbered := re.search(r"-k([1-9]\d*)$", name):
+        layers, weight = (2, KOALA_WEIGHT) if "koala" in name.lower().split("-") else (1, 0.0)
+        if numbered := re.search(r"-k([1-9]\d*)(-|$)", name.lower()):
             layers = int(numbered[1])
         layers = layers if self.layers is None else self.layers
         return layers, weight if self.adversarial_weight is None else self.adversarial_weight

@@ -14,8 +14,8 @@ for some hundred steps, the head held fixed. Then the two alternate on each batc
     head  one step on L_G = L_sup + lambda * L_adv     D held fixed
 
 `HeadTraining.joint_step` is these two lines. lambda = 0 is plain supervised training: same batches,
-same number of head steps, and no D. The head that is kept is the one that would accept most of its
-drafts on held-out text, not the one of lowest loss.
+same number of head steps, and no D. Ten times or so the head is evaluated on held-out text. The one
+that is kept has the largest `tau_estimate` (costs.py), not the lowest loss.
 
 `python train.py` trains the target and four heads: {medusa, eagle} x {original: K = 1, lambda = 0;
 KOALA: K = 2, lambda > 0}. It can be interrupted at any time: the same command goes on where it
@@ -135,7 +135,7 @@ class HeadTraining:
         """Choose the tokens that the head can guess, and start it in closed form."""
         self.head.vocabulary.choose(train.counts().to(self.target.embed.weight.device))
         self.ready()
-        # Windows of 16,384 tokens in all: enough for a thousand unknowns.
+        # Windows of 16,384 tokens in all, for 2 D + 1 unknowns: 513, or 1,153 beside SmolLM2.
         count = 2**14 // (train.windows.shape[1] - 1)
         self.head.prepare(self.target, self.batch(train, evenly(torch.arange(len(train)), count)))
 
@@ -143,7 +143,7 @@ class HeadTraining:
         """Take the part of the LM head (S, D) for the tokens that the head can guess by now."""
         lm_head = self.head.vocabulary.rows(self.target.lm_head.weight.detach())
         self.lm_head = lm_head.to(self.autocast.dtype)
-        at_once = 2**21 if lm_head.device.type == "cpu" else 2**27  # logits: 8 MB, or 512
+        at_once = 2**21 if lm_head.device.type == "cpu" else 2**27  # logits: 8 MB, on a GPU 512 MB
         self.piece = max(32, at_once // len(lm_head))  # rows of a batch in a piece
         if self.discriminator is not None:
             self.discriminator.set_lm_head(self.lm_head)
@@ -158,7 +158,7 @@ class HeadTraining:
         if noise_seed is not None:
             torch.manual_seed(noise_seed)
         batch = data.batch(windows)
-        learn = torch.ones_like(batch.learn) if self.head.learns_p else batch.learn
+        learn = torch.ones_like(batch.learn) if self.labels == "soft" else batch.learn
         return batch._replace(learn=learn & (self.head.vocabulary.indices_of(batch.tokens) >= 0))
 
     # ---------------------------------------------------------------------------- the step
@@ -233,8 +233,8 @@ class HeadTraining:
     def d_loss_at(self, context, state, h_to, token, to_logits) -> Tensor:
         """L_D of one draft position, for a piece of its rows.
 
-        `context`: g and b of each row. Through them the gradient reaches D's weights; `in_pieces`
-        hands it on to its inputs only.
+        `context`: g and b of each row, made before `in_pieces`, which hands a gradient on to its
+        inputs only: through them it reaches D's weights.
         """
         q = probabilities(state, to_logits)  # (N, S), as p
         if self.blind:
@@ -257,7 +257,7 @@ class HeadTraining:
 
     @torch.no_grad()
     def judged(self, index: int, h_from, h_to, state, p: Tensor | None, q: Tensor) -> Tensor:
-        """The discriminator's logits (N, S), without a gradient. p: for its closed form alone."""
+        """D's logits (N, S), without a gradient. p and q: for the closed form alone."""
         if self.discriminator is None:
             return exact_logits(p, q)
         return self.discriminator.score(self.context(index, h_from, h_to, state)).float()

@@ -61,9 +61,7 @@ def plot_bench(result: dict, path: Path) -> None:
     left.axvline(1.0, color="black", linestyle="--", label="plain decoding")
     left.set_yticks(places, [f"{name}, tau {f['tau']:.2f}" for name, f in heads.items()])
     left.set(title="speedup", ylim=(len(heads) - 0.5, -0.5))
-    right.set(
-        title="acceptance, given all before", xlabel="draft position", ylim=(-0.02, 1.02)
-    )
+    right.set(title="acceptance, given all before", xlabel="draft position", ylim=(-0.02, 1.02))
     deepest = max(m["gamma"] for m in methods.values() if not m.get("lookup"))
     right.set_xticks(range(1, deepest + 1))
     figure.legend(loc="outside lower center", ncols=2)

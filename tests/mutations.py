@@ -181,14 +181,14 @@ CACHE = of(
         "test_drafts.py::test_keeping_a_path_is_having_read_that_path_only",
     ),
     (
-        "first = len(self.causal) // 2 - end  # position t sees t + 1 keys",
-        "first = len(self.causal) // 2 - end - 1  # position t sees t + 1 keys",
+        "            first = len(self.causal) // 2 - end\n",
+        "            first = len(self.causal) // 2 - end - 1\n",
         "each position sees the token after it",
         "test_model.py::test_reading_in_pieces_is_reading_at_once",
     ),
     (
-        "hidden = torch.zeros_like(seen, dtype=self.causal.dtype).masked_fill_(~seen, -math.inf)",
-        "hidden = torch.zeros_like(seen, dtype=self.causal.dtype)",
+        "unseen = torch.zeros_like(seen, dtype=self.causal.dtype).masked_fill_(~seen, -math.inf)",
+        "unseen = torch.zeros_like(seen, dtype=self.causal.dtype)",
         "the nodes of a tree see each other",
         "test_drafts.py::test_each_node_is_read_as_the_end_of_its_own_path",
     ),
@@ -530,6 +530,24 @@ FILES += of(
         "    except UserError:",
         "who runs out of memory is told to train anew",
         "test_faults.py::test_out_of_memory_is_not_another_version",
+    ),
+)
+FILES += of(
+    "model.py",
+    (
+        "        if end > self.max_length:",
+        "        if False:",
+        "a token beyond a full cache is lost in silence",
+        "test_model.py::test_a_full_cache_takes_no_more",
+    ),
+)
+FILES += of(
+    "train.py",
+    (
+        'if self.labels == "soft" else batch.learn',
+        "if self.head.learns_p else batch.learn",
+        "a head of tokens learns those of the user, too",
+        "test_training.py::test_who_learns_p_learns_from_every_token_and_who_learns_tokens_from_the_targets_own",
     ),
 )
 FILES += of(

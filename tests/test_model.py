@@ -142,6 +142,14 @@ def test_what_was_rolled_back_leaves_no_trace(float64):
         torch.testing.assert_close(states, afresh, rtol=0, atol=1e-12)
 
 
+def test_a_full_cache_takes_no_more():
+    """torch writes one token into no place at all without a word."""
+    cache, more = KVCache(CONFIG, 1, 8, torch.zeros(1)), torch.zeros(1, 2, 1, 4)
+    cache.length = 8
+    with pytest.raises(ValueError, match="9 tokens exceed a cache of 8"):
+        cache.write(0, more, more)
+
+
 def test_the_cache_cannot_be_rolled_outside_of_what_it_holds():
     cache = KVCache(CONFIG, 1, 8, torch.zeros(1))
     cache.advance(3)

@@ -18,7 +18,7 @@ import speculate
 import train
 from plumbing.cli import UserError
 from plumbing.files import load_checkpoint, save_checkpoint
-from recipe import HEADS, LAB, PRESETS, TrainConfig, usual_preset
+from recipe import HEADS, KOALA_WEIGHT, LAB, PRESETS, TrainConfig, usual_preset
 from speculate import generate
 from study import prompts
 from targets.bpe import encode_prompt
@@ -181,10 +181,12 @@ def test_the_lab_trains_one_layer_and_two_beside_the_target(
     assert find_run(None) == Path("out/lab")
 
 
-def test_a_heads_name_tells_its_layers():
+def test_a_heads_name_tells_its_layers_and_lambda():
     names = {"eagle": 1, "eagle-koala": 2, "eagle-k3": 3, "eagle-mine": 1, "medusa-k12": 12}
+    names |= {"eagle-koala-2": 2, "eagle-Koala": 2, "eagle-koala-k3": 3, "eagle-k2-again": 2}
     for name, layers in names.items():
-        assert TrainConfig(head=name).layers_and_weight(name)[0] == layers
+        weight = KOALA_WEIGHT if "koala" in name.lower() else 0.0
+        assert TrainConfig(head=name).layers_and_weight(name) == (layers, weight)
     assert TrainConfig(head="eagle-k3", layers=4).layers_and_weight("eagle-k3") == (4, 0.0)
 
 
