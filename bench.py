@@ -1,13 +1,14 @@
 """The numbers: acceptance length and speedup, how sure they are, and the cost model's prediction.
 
 **tau**, the acceptance length, is tokens per pass of the target, its own token included, summed
-over prompts: between 1 and gamma + 1. The prefill is no cycle, and a cycle that the token limit
+over prompts: between 1 and gamma + 1. The prefill is no cycle, and a cycle that the text's end
 cut short is left out. Its interval comes from resampling the prompts (bootstrap, 95 %), the turns
 of one conversation together.
 
 **Speedup** is tokens/s of speculative over tokens/s of plain decoding of the same prompts, batch 1,
-prefill excluded. All methods decode a prompt in turn, so that a slow minute hits all of them, each
-time in another order: the median over runs, with its interval over prompts and the range of runs.
+prefill excluded. All methods decode a prompt in turn, each time in another order, so that a slow
+minute hits all of them. It is the median over runs, with its interval over prompts alone; the range
+of the runs stands beside it.
 Copies alone (`drafts.Lookup`), which need no training, are measured beside any head.
 
 **The cost model** says what speedup the cycles should give, each at the cost of its kind: nothing
@@ -101,7 +102,7 @@ class Method(NamedTuple):
     gamma: int  # tokens in a chain or a copy alone, or depth of the tree
     nodes: int  # 0: a chain
     setting: str  # methods of one setting are compared: KOALA's head with the original's
-    chosen: str | None = None  # the measurement's figures, where it chose
+    chosen: str | None = None  # where the size was chosen: it, with the figures expected of it
     lookup: int = 0  # tokens that have to match for a copy; 0: none is made
 
 
@@ -111,6 +112,7 @@ def choose_methods(config: BenchConfig, target, heads: dict) -> tuple[dict, dict
     Returns ({name: Method as a dictionary}, {name: (head, plan)}). Raises UserError for a size that
     a head cannot draft.
     """
+    # The first chain is the one that others are compared with: its setting is "chain".
     methods, chains = {}, [size for size in config.sizes if size[1] == 0]
     for size in config.sizes:
         gamma, nodes = size

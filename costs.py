@@ -5,8 +5,8 @@ The cost model (2211.17192, theorem 3.8, in measured units) predicts the speedup
     speedup = tau / (c_verify + c_draft)
 
 with c_verify the cost of a target pass over the whole draft and c_draft that of making the draft,
-both in units of one plain step. They are measured here in passes that accept nothing and write
-nothing: taken from a decoding run's own timers they would agree with its speed by construction.
+both in plain steps, passes over one token. They are measured here in passes that accept nothing and
+write nothing: a decoding run's own timers would agree with its speed by construction.
 
 Conditions have to be those of decoding, or the model explains nothing. A plain step is measured
 among plain steps. A verification is measured after a draft, and a draft after a verification, since
@@ -32,6 +32,7 @@ from drafts import (
     COPIED,
     WIDTH,
     Branch,
+    CopyFirst,
     Known,
     Lookup,
     best_tree,
@@ -45,13 +46,13 @@ from sampling import Sampler, acceptance, argmax
 
 DRAFT_POSITIONS = 4  # how far into a draft the held-out acceptance is measured
 RANKS = 16  # how many of a head's guesses at each position are counted
-SECONDS = 1.5  # that `best_size` may measure for
-LENGTH = 256  # of the text that they come after; half the window where that is less
-ROUNDS = 5  # that it measures at least, however long they take
-BACKLOG, LONG_BACKLOG = 3, 35  # tokens that a head reads before the drafts that are timed
-COUNTS = (1, 2, 4, 8, 16, 32)  # tokens of the passes it measures; the rest is interpolated
-DEPTHS = (1, 2, 4, 8)  # of the drafts it measures, likewise
-CHAINS = range(1, 9)  # depths it considers, of a head that was not measured
+SECONDS = 1.5  # that `size_costs` measures for, at least
+ROUNDS = 5  # of measuring, at least; the first does not count
+LENGTH = 256  # tokens before a pass that is timed; half the window where that is less
+BACKLOG, LONG_BACKLOG = 3, 35  # tokens that a head has yet to read when a timed draft begins
+COUNTS = (1, 2, 4, 8, 16, 32)  # tokens of the passes that are timed; the rest is interpolated
+DEPTHS = (1, 2, 4, 8)  # of the drafts that are timed, likewise
+CHAINS = range(1, 9)  # depths that `best_size` considers, of a head that was not measured
 TREES = (4, 6, 8, 10, 12, 16, 20, 24, 31)  # nodes; with the root at most 32 tokens a pass
 
 
@@ -142,7 +143,7 @@ class Bench:
         tokens = self.tokens[:, self.length : self.length + count]
         if count == 1:
             return self.timed(self.target_pass, tokens)
-        # A star: beside a small window a chain would reach beyond its end.
+        # Siblings, all at one position: a chain might reach beyond a small window.
         shape = fixed_tree(tuple((r,) for r in range(count - 1)), self.device).shape
         where = self.length + shape.depth, shape.ancestors
         return self.timed(self.target_pass, tokens, *where)
@@ -152,9 +153,9 @@ class Bench:
         before = self.length - min(backlog, self.length - 1)
         text = self.tokens[0].tolist()
         known = Known(text[:1], head, self.target.config.context + plan.slots)
-        for a, b in ((1, before + 1), (before + 1, self.length + 1)):
+        for a, b in ((1, before + 1), (before + 1, self.length + 1)):  # the text, then its backlog
             if head is not None:
-                known.read()  # all but the backlog
+                known.read()  # what was added before: all but the backlog
             known.add(text[a:b], self.tokens[0, a:b], self.hidden[:, a - 1 : b - 1])
 
         known.stood_before(1)  # enters the text, as the cycles before would have
@@ -169,10 +170,11 @@ class Bench:
     def cycle(self, head, plan):
         """A function that drafts, verifies, and returns the seconds of either.
 
-        Also "absorb", those of each further token that the head has to read: it drafts twice, after
-        a short backlog and a long one. Of a plan that copies first, the head's part is timed.
+        Also "absorb", those of each further token that the head has to read: it drafts after a long
+        backlog and after a short one, whose verification counts. Of a plan that copies first, the
+        head's part is timed.
         """
-        plan = getattr(plan, "plan", plan)
+        plan = plan.plan if isinstance(plan, CopyFirst) else plan
         backlogs = [min(b, self.length - 1) for b in (LONG_BACKLOG, BACKLOG)]
         jobs = {backlog: self.drafting(head, plan, backlog) for backlog in backlogs}
 
@@ -201,9 +203,9 @@ def isolated_costs(target, methods: dict, length: int, sampler=None, turns: int 
     """Median seconds of a plain step, and of each method's drafting and verification.
 
     methods: name -> (head, plan). -> {"step": s, "passes": [[tokens, s], ..], name: {"draft": s,
-    "verify": s, "absorb": s}, "backlog": tokens that the head reads in its draft}. The passes are
-    those over copies, or over drafts that the end of a text cut short; "absorb" is for each token
-    beyond the backlog. The jobs take turns, so that a slow minute hits all of them; a turn is seven
+    "verify": s, "absorb": s}, "backlog": tokens that the head reads in its draft}. "passes" serve
+    copies, and drafts that the end of a text cut short; "absorb" is for each token beyond the
+    backlog. The jobs take turns, so that a slow minute hits all of them; a turn is seven
     repetitions, the first two not counted, since a decoder finds the caches as it left them itself.
     """
     most = max((plan.nodes for _, plan in methods.values()), default=0) + 1
@@ -286,7 +288,7 @@ def expected_tau(head, gamma: int, nodes: int, temperature: float) -> float:
 
 
 def kind_of(temperature: float) -> str:
-    """Of the texts that a head was replayed along: greedy ones, or ones at temperature 1."""
+    """Which of the replayed texts serve a temperature: greedy ones, or those at temperature 1."""
     return "sampled" if temperature >= 0.5 else "greedy"
 
 
@@ -300,7 +302,7 @@ def taus_of(head, temperature: float) -> dict[tuple[int, int, int], tuple[float,
         rows = measured[kind_of(temperature)]
         return {(g, n, lookup): (tau, copied) for g, n, lookup, tau, copied in rows}
     gammas = [g for g in CHAINS if g <= (head.max_draft or g)]
-    # A tree has to be able to reach its depth, and to hold its nodes within it.
+    # No deeper than its nodes, and no more nodes than a growing tree sees.
     trees = [(g, n) for g in gammas for n in TREES if g <= n <= WIDTH * (1 + WIDTH * (g - 1))]
     sizes = [(g, 0) for g in gammas] + trees
     return {(*size, 0): (expected_tau(head, *size, temperature), 0.0) for size in sizes}
@@ -341,11 +343,11 @@ def size_costs(
     """Costs of passes {tokens: cost} and of drafts {(gamma, is it a tree): cost}, in plain steps.
 
     sizes: triples (gamma, nodes, lookup). others: plans {(depth, their kind): plan}, whose drafts
-    are measured as well. The passes and the drafts take turns for about SECONDS, `least` rounds at
-    least: a large target takes longer. The first round does not count. Before each, untimed, comes
+    are measured as well. The passes and the drafts take turns for SECONDS or more, `least` rounds
+    at least. The first round does not count. Before each, untimed, comes
     the job that precedes it in decoding. All come after a text of `length` tokens.
     """
-    others, longest = others or {}, max(COPIED if lookup else gamma for gamma, _, lookup in sizes)
+    others, longest = others or {}, max(max(g, COPIED * (n > 0)) for g, _, n in sizes)
     most = max(longest, *(nodes for _, nodes, _ in sizes), *(o.nodes for o in others.values())) + 1
     counts = [n for n in COUNTS if n < most] + [most]
     sampler = Sampler(target.embed.weight.device, temperature)
@@ -408,9 +410,9 @@ def fastest(taus: dict, passes: dict, drafts: dict) -> Size:
 def best_size(target, head, gamma, nodes, temperature=0.0, lookup=0) -> Size:
     """The size of draft that promises the highest speed here; "auto" is to be chosen.
 
-    Where the nodes are to be chosen, a given gamma is the deepest. Where all three are, it may be
-    copies alone, or nothing. Raises UserError for a size that cannot be drafted, or without the
-    record that tau is reckoned from.
+    Where the nodes are to be chosen, a given gamma is the greatest depth. Where all three are, it
+    may be copies alone, or nothing. Raises UserError for a size that cannot be drafted, or without
+    the record that tau is reckoned from.
     """
     for given in ((1 if gamma == "auto" else gamma, 0), (1, 0 if nodes == "auto" else nodes)):
         plan_draft(head, *given, target)  # refuses what cannot be drafted

@@ -17,7 +17,7 @@ A loop that spends more besides its layers makes a layer look cheap. So the tabl
 with 0.1 and 0.3 plain steps more for each draft step, and every K chooses anew.
 
 The interval holds seeds (Student's t), texts and rounds of timing together. Texts of one
-conversation are drawn together.
+conversation are drawn together. A round times all depths, so that rounds are minutes apart.
 
 Beside it stand one layer with the parameters of two (`wide`), and targets whose depth is real
 (study/deeper.py), each with its own texts and heads.
@@ -28,6 +28,7 @@ costs lie in the run's folder, under depth/.
 
 import hashlib
 import json
+import platform
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -162,29 +163,33 @@ def replayed(head, target, texts: list, sampler) -> list:
     ]
 
 
-def timed(target, heads: dict, temperature: float, length: int) -> dict:
-    """{K: ROUNDS times the cost of a cycle with each size of draft, as [verify, draft]}.
+def timed(target, heads: dict, temperature: float, length: int, number: int) -> dict:
+    """{K: the cost of a cycle with each size of draft, [verify, draft]}, by round `number`.
 
-    A pass is the target's, whichever head drafted: in each round all heads' passes are one.
+    A pass is the target's, whichever head drafted: all heads' passes are one.
     """
-    rounds, sizes, names = {k: [] for k in heads}, [(*size, 0) for size in SIZES], [*heads]
-    for number in range(ROUNDS):
-        first = number % len(names)  # whose turn it is
-        found = {
-            k: size_costs(target, heads[k], sizes, temperature, length=length)
-            for k in names[first:] + names[:first]
-        }
-        all_passes = [passes for passes, _ in found.values()]
-        passes = {n: float(np.median([one[n] for one in all_passes])) for n in all_passes[0]}
-        for k, (_, drafts) in found.items():
-            cycles = [reckon(size, (1.0, 0.0), passes, drafts) for size in sizes]
-            rounds[k].append([[cycle.c_verify, cycle.c_draft] for cycle in cycles])
-    return rounds
+    sizes, names = [(*size, 0) for size in SIZES], [*heads]
+    first = number % len(names)  # whose turn it is
+    found = {
+        k: size_costs(target, heads[k], sizes, temperature, length=length)
+        for k in names[first:] + names[:first]
+    }
+    all_passes = [passes for passes, _ in found.values()]
+    passes = {n: float(np.median([one[n] for one in all_passes])) for n in all_passes[0]}
+    costs = {}
+    for k in names:
+        cycles = [reckon(size, (1.0, 0.0), passes, found[k][1]) for size in sizes]
+        costs[k] = [[cycle.c_verify, cycle.c_draft] for cycle in cycles]
+    return costs
 
 
 def decoded(target, heads: dict, rows: dict, texts: list, stops) -> dict:
-    """{K: speed over plain decoding, in turn, and what tau and costs predict}; rows: `reckoned`."""
+    """{K: speed over plain decoding, in turn, and what tau and costs predict}.
+
+    rows: what `reckoned` gave at this depth.
+    """
     seconds, produced = {k: [] for k in ["plain", *heads]}, {k: [] for k in heads}
+    tokens = dict.fromkeys(seconds, 0)
     drafts = {"plain": {}}
     for k, head in heads.items():
         gamma, nodes = rows[k]["size"]
@@ -196,11 +201,13 @@ def decoded(target, heads: dict, rows: dict, texts: list, stops) -> dict:
             out = generate(target, prompt, text.limit, stop_token=stops, **drafts[k])
             if number > 0:  # the first one only warms up
                 seconds[k].append(out.seconds)
+                tokens[k] += len(out.tokens) - 1
                 if k in heads:
-                    produced[k] += out.produced
-    found, plain = {}, sum(seconds["plain"])
+                    produced[k] += out.produced[: out.uncut_cycles]
+    speed = {k: tokens[k] / sum(seconds[k]) for k in seconds}
+    found = {}
     for k, row in rows.items():
-        tau, speedup = float(np.mean(produced[k])), plain / sum(seconds[k])
+        tau, speedup = float(np.mean(produced[k])), speed[k] / speed["plain"]
         predicted = tau / (row["verify"] + row["draft"])
         found[k] = {"tau": tau, "speedup": speedup, "predicted": predicted, "seconds": seconds[k]}
     return found
@@ -305,7 +312,7 @@ def measured(config: DepthConfig, run_folder: Path, cells: dict) -> dict:
     _, folder, target_print = train_cells(asked, run_folder, "depth")
     target, _, encoding = load(run_folder, None, config.device, config.dtype)
     weight = target.embed.weight
-    run = Loaded(run_folder, target, encoding, {"target": target_print, "dtype": str(weight.dtype)})
+    its = Loaded(run_folder, target, encoding, {"target": target_print, "dtype": str(weight.dtype)})
     heads = {
         (k, seed): load_head(folder / f"{cell}-seed{seed}.pt", target, target_print)
         for k, cell in cells.items()
@@ -324,7 +331,7 @@ def measured(config: DepthConfig, run_folder: Path, cells: dict) -> dict:
     for temperature in (0.0, 1.0):
         for split in ("valid", "test"):
             kind = f"{kind_of(temperature)}-{split}"
-            found = texts[kind] = texts_of(config, split, temperature, folder, run)
+            found = texts[kind] = texts_of(config, split, temperature, folder, its)
             counts[kind] = {}
             for k, cell in cells.items():
                 rows = []
@@ -332,7 +339,7 @@ def measured(config: DepthConfig, run_folder: Path, cells: dict) -> dict:
                     where = folder / f"taus-{cell}-seed{seed}-{kind}.json"
                     key = {"head": prints[k, seed], "texts": found.key, "sizes": SIZES}
                     replay_it = heads[k, seed], target, found.texts, found.sampler
-                    rows.append(kept(where, run.key | key, replayed, *replay_it))
+                    rows.append(kept(where, its.key | key, replayed, *replay_it))
                     print(f"{cell}, seed {seed}, {kind}: {len(found.texts)} texts", flush=True)
                 counts[kind][k] = np.array(rows)
 
@@ -341,24 +348,32 @@ def measured(config: DepthConfig, run_folder: Path, cells: dict) -> dict:
     greedy = texts["greedy-test"]
     length = round(np.mean([text.start + text.limit / 2 for text in greedy.texts]))
     stops = None if target.chat is None else target.chat.stops
-    for depth in config.depths:
+    key = its.key | {"heads": [prints[k, config.seeds[0]] for k in cells], "length": length}
+    key |= {"device": describe_device(weight.device), "machine": platform.node()}
+
+    def of_depth(depth: int) -> tuple:
+        """The target padded to this depth, and the first seed's heads for it."""
         deep = padded(target, depth)
-        first = {k: beside(heads[k, config.seeds[0]], deep) for k in cells}  # of the first seed
-        key = run.key | {"heads": [prints[k, config.seeds[0]] for k in cells]}
-        key |= {"device": describe_device(weight.device), "length": length}
-        timing = key | {"sizes": SIZES, "rounds": ROUNDS}
-        for kind, temperature in kinds.items():
-            job = deep, first, temperature, length
-            found = kept(folder / f"costs-{kind}-{depth}.json", timing, timed, *job)
-            costs[kind, depth] = {k: np.array(rounds) for k, rounds in found.items()}
-            print(f"costs at {depth} layers, {kind}", flush=True)
+        return deep, {k: beside(heads[k, config.seeds[0]], deep) for k in cells}
+
+    for number in range(ROUNDS):
+        for depth in config.depths:
+            models = of_depth(depth)
+            for kind, temperature in kinds.items():
+                where, timing = folder / f"costs-{kind}-{depth}-{number}.json", {"sizes": SIZES}
+                found = kept(where, key | timing, timed, *models, temperature, length, number)
+                for k in cells:
+                    costs.setdefault((kind, depth), {}).setdefault(k, []).append(found[k])
+        print(f"costs, round {number + 1} of {ROUNDS}", flush=True)
+    costs = {which: arrays(of) for which, of in costs.items()}
+    for depth in config.depths:
         once = np.ones((1, len(greedy.texts)))  # the texts as they are
         both = counts["greedy-valid"], counts["greedy-test"]
         rows = reckoned(*both, costs["greedy", depth], 0.0, once)
         some = greedy.texts[: config.check_texts]
-        key |= {"texts": greedy.key, "count": len(some), "rows": {k: rows[k]["size"] for k in rows}}
-        where, job = folder / f"decoded-{depth}.json", (deep, first, rows, some, stops)
-        checks[str(depth)] = kept(where, key, decoded, *job)
+        what = {"texts": greedy.key, "count": len(some), "rows": {k: rows[k]["size"] for k in rows}}
+        where, job = folder / f"decoded-{depth}.json", (*of_depth(depth), rows, some, stops)
+        checks[str(depth)] = kept(where, key | what, decoded, *job)
         print(f"decoded at {depth} layers: {checks[str(depth)]}", flush=True)
     part = {
         "layers": len(target.blocks),

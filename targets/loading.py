@@ -31,7 +31,7 @@ from targets.runs import fingerprint, head_path, load_head, load_target, trained
 TRAINED = Path(__file__).parent.parent / "trained"
 NOT_MEANT = "smoke"  # a run of nonsense: it has to be asked for
 FAVOURITE = "eagle-koala"
-CLEAR = 0.75  # of a pass in float32: what takes less time in bfloat16 is decoded in it
+CLEAR = 0.75  # of the time of float32: a target that takes less in bfloat16 is decoded in it
 SIZES = "sizes.json"  # in a run's folder: what each size of draft brings
 WHICH_RUN = "the run's folder; default: your newest under out/, or trained/cpu"  # of --out_dir
 
@@ -49,7 +49,9 @@ def find_run(out_dir: str | None, chat: bool = False, needs_head: bool = True) -
     newest = {}
     for target in Path("out").glob("*/target.pt"):
         heads = [target.with_name(f"{name}.pt") for name in trained_heads(target.parent)]
-        if (heads or not needs_head) and target.parent.name != NOT_MEANT:
+        # It may have been read for a run that came along, and be nobody's own.
+        alone = not needs_head and not (TRAINED / target.parent.name / "target.json").is_file()
+        if (heads or alone) and target.parent.name != NOT_MEANT:
             newest[target.parent] = max(file.stat().st_mtime for file in [*heads, target])
     for folder in sorted(newest, key=newest.get, reverse=True):
         if not chat or "chat" in load_checkpoint(folder / "target.pt", "target").get(
@@ -149,11 +151,11 @@ def add_sizes(folder: Path, heads: dict) -> None:
 
     Nothing where nobody has measured these very weights.
     """
-    for path in {results_folder(folder) / SIZES: None, folder / SIZES: None}:
+    for path in (results_folder(folder) / SIZES, folder / SIZES):
         try:
             found = json.loads(path.read_text("utf-8"))
             for name, head in heads.items():
-                if found[name]["weights"] == fingerprint(head):
+                if name in found and found[name]["weights"] == fingerprint(head):
                     head.sizes = {key: found[name][key] for key in ("greedy", "sampled", "lookup")}
             return
         except (OSError, ValueError, KeyError, TypeError):
@@ -176,8 +178,8 @@ def load(out_dir=None, head="auto", device="auto", dtype="auto", compile=False):
     of its conversations, a `chat.Chat`; None for a target without conversations.
     """
     folder, device = find_run(out_dir), choose_device(device)
-    # Read on the CPU: a GPU need not hold it in float32 as well.
-    target, checkpoint = load_target(path := target_file(folder))
+    path = target_file(folder)
+    target, checkpoint = load_target(path)  # on the CPU: a GPU need not hold it in float32 as well
     with as_other_version(path):
         encoding = build_encoding(checkpoint["tokenizer"])
         chat = Chat.of(encoding, checkpoint["tokenizer"])

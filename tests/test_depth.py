@@ -92,13 +92,14 @@ def test_a_cycles_cost_is_the_targets_pass_and_the_heads_draft(monkeypatch):
         return passes, {(g, n > 0): 0.5 * g * (head + 1) for g, n, _ in sizes}
 
     monkeypatch.setattr(depth, "size_costs", costs)
-    rounds = timed(None, {"1": 0, "2": 1, "3": 2}, 1.0, 77)
-    for k, found in rounds.items():
-        assert len(found) == ROUNDS
-        for (gamma, nodes), (verify, draft) in zip(SIZES, found[0]):
-            assert verify == pytest.approx(1 + 0.2 * ((nodes or gamma) + 1))
-            assert draft == pytest.approx(0.5 * gamma * int(k))
-    assert [head for head, *_ in asked[:9]] == [0, 1, 2, 1, 2, 0, 2, 0, 1]
+    for number in range(3):
+        found = timed(None, {"1": 0, "2": 1, "3": 2}, 1.0, 77, number)
+        assert [*found] == ["1", "2", "3"]
+        for k, row in found.items():
+            for (gamma, nodes), (verify, draft) in zip(SIZES, row, strict=True):
+                assert verify == pytest.approx(1 + 0.2 * ((nodes or gamma) + 1))
+                assert draft == pytest.approx(0.5 * gamma * int(k))
+    assert [head for head, *_ in asked] == [0, 1, 2, 1, 2, 0, 2, 0, 1]
     assert {(temperature, length) for _, temperature, length in asked} == {(1.0, 77)}
 
 
@@ -208,6 +209,13 @@ def test_one_command_measures_it_all_and_goes_on(tiny_run, tmp_path, call, monke
     argv = ["--out_dir", str(run), "--seeds", "0", "1", "--head_tokens", "256"]
     argv += ["--test_texts", "2", "--valid_texts", "2", "--max_new_tokens", "16"]
     argv += ["--depths", "3", "5", "--check_texts", "1", "--dtype", "float32"]
+    order, costs_of_a_round = [], depth.timed
+
+    def timed(target, heads, temperature, length, number):
+        order.append((number, len(target.blocks), temperature))
+        return costs_of_a_round(target, heads, temperature, length, number)
+
+    monkeypatch.setattr(depth, "timed", timed)
     status, out, err = call(depth.main, *argv)
     assert status == 0, err
     folder = run / "depth"
@@ -219,6 +227,8 @@ def test_one_command_measures_it_all_and_goes_on(tiny_run, tmp_path, call, monke
     assert (seeds, rest) == (2, [3, 2]) and texts >= 2
     costs = {(row["kind"], row["depth"]): row["cycles"] for row in result["costs"]}
     assert [*costs] == [("greedy", 3), ("sampled", 3), ("greedy", 5), ("sampled", 5)]
+    each = [(depth, temperature) for depth in (3, 5) for temperature in (0.0, 1.0)]
+    assert order[:8] == [(number, *which) for number in (0, 1) for which in each]
     assert np.array(costs["greedy", 5]["3"]).shape == (2, 3, 2)
     check = result["decoded"]["5"]["1"]
     assert len(check["seconds"]) == 1 and 1 <= check["tau"] <= 4

@@ -64,6 +64,9 @@ def test_your_newest_run_with_a_head_is_taken_else_the_one_that_came_along(came_
     assert find_run(None, chat=True) == came_along  # which says that it cannot talk
     talks = came_along.parent / "smollm2"
     talks.mkdir()
+    (talks / "target.json").touch()
+    run("smollm2", 0, head=False)  # read for the one that came along
+    assert find_run(None, needs_head=False) == alone
     assert find_run(None, chat=True) == talks and find_run(None) == came_along
     older, newest = run("older", 9), run("newest", 5)
     assert find_run(None) == newest
