@@ -58,7 +58,7 @@ class Replayed(NamedTuple):
 
 
 def chain_chances(head, text: PlainText, depth: int, sampler: Sampler) -> list[list[float]]:
-    """The chance that each token of a chain is accepted, for drafts after every place of a text.
+    """chances[root]: how likely each token of a chain after that place of a text is accepted.
 
     A token counts only where all drafted before it were the text's. So the draft is the head's
     training form, in which it reads its own guesses along the text's own tokens.
@@ -158,14 +158,16 @@ def key(plan, head):
     """Alike for plans whose drafts are parts of one another."""
     if type(plan) is GrowingTree and head.autoregressive:
         return GrowingTree, plan.width
-    return Chain if isinstance(plan, Chain) else getattr(plan, "match", plan)
+    if isinstance(plan, Lookup):
+        return plan.match
+    return Chain if isinstance(plan, Chain) else plan
 
 
 def drafted_at_once(longest: dict, head, text: PlainText, sampler: Sampler) -> dict:
     """Of the plans, {key: the one that drafts furthest}, those that draft after all places at once.
 
-    Of each a function of a place, a plan alike and the depth that it has room for, which gives the
-    chances of `accepted_chances`.
+    Of each a function of the root's place, a plan alike and the depth that it has room for, which
+    gives the chances of `accepted_chances`.
     """
     found, most = {}, len(text.tokens) - 2
     for which, plan in longest.items():
@@ -208,18 +210,19 @@ def replay(head, plans: dict, text: PlainText, sampler: Sampler) -> dict[str, Re
                     found = at_once[which](place, part, depth)
                 else:
                     if which not in judged:
-                        ahead = tokens[place + 1 :], min(longest[which].depth, left)
-                        judged[which] = accepted_chances(longest[which], known, *ahead, sampler)
+                        furthest = longest[which]
+                        ahead, most = tokens[place + 1 :], min(furthest.depth, left)
+                        judged[which] = accepted_chances(furthest, known, ahead, most, sampler)
                     found = judged[which][:depth]
-                if copied := isinstance(part, Lookup) and found:
+                if copied := isinstance(part, Lookup) and len(found) > 0:
                     break
             for accepted, chance in enumerate([*found, 0.0]):
                 if place + accepted == end:
                     break  # the token that ends the text was accepted: the cycle is cut
                 ends = reach * (1 - chance)
                 starts[name][place + accepted + 1] += ends
-                if plan.depth <= left:
-                    for i, count in enumerate((accepted + 1, 1, bool(copied))):
+                if plan.depth <= left:  # an uncut cycle, as `generate` counts them
+                    for i, count in enumerate((accepted + 1, 1, copied)):
                         sums[name][i] += ends * count
                 reach *= chance
     return {name: Replayed(starts[name][:end], *sums[name]) for name in plans}
