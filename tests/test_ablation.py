@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from plumbing.cli import UserError
-from plumbing.files import load_checkpoint, save_checkpoint
+from plumbing.files import PARTS, load_checkpoint, save_checkpoint
 from plumbing.machine import Autocast
 from recipe import KOALA_WEIGHT, head_settings
 from study import ablation
@@ -207,7 +207,7 @@ def test_own_steps_and_the_game_begin_with_the_same_step(call, folder, monkeypat
 
 def test_heads_of_another_target_are_refused(tmp_path, recipe):
     target, _ = recipe
-    head = {"kind": "draft head", "target": "old"}
+    head = dict.fromkeys(PARTS["draft head"]) | {"kind": "draft head", "target": "old"}
     save_checkpoint(tmp_path / "eagle-k2-seed0.pt", head)
     with pytest.raises(UserError, match="another target"):
         ablation.collect(tmp_path, "new", None)

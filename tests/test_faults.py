@@ -98,20 +98,20 @@ def test_training_refuses_a_folder_that_is_being_written(tiny_run, tmp_path, cal
 def save_often(path, value, together):
     together.wait(60)
     for _ in range(60):
-        save_checkpoint(path, {"kind": "draft head", "value": torch.full((2000,), value)})
+        save_checkpoint(path, {"kind": "some numbers", "value": torch.full((2000,), value)})
 
 
 def test_two_processes_that_save_one_file_leave_it_whole_at_any_time(tmp_path):
     """Under one scratch name a reader found it damaged in one look of eleven."""
     path, context = tmp_path / "head.pt", multiprocessing.get_context("spawn")
-    save_checkpoint(path, {"kind": "draft head", "value": torch.full((2000,), 0)})
+    save_checkpoint(path, {"kind": "some numbers", "value": torch.full((2000,), 0)})
     together = context.Barrier(2)
     writers = [context.Process(target=save_often, args=(path, v, together)) for v in (1, 2)]
     for writer in writers:
         writer.start()
     looks = 0
     while any(writer.is_alive() for writer in writers):
-        assert load_checkpoint(path, "draft head")["value"].unique().numel() == 1
+        assert load_checkpoint(path, "some numbers")["value"].unique().numel() == 1
         looks += 1
     assert looks > 5 and [writer.exitcode for writer in writers] == [0, 0]
     assert [file.name for file in tmp_path.iterdir()] == ["head.pt"]

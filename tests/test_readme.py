@@ -134,7 +134,7 @@ def assert_same(ours, theirs, key: str = ""):
         assert ours.keys() == theirs.keys()
         for name in theirs:
             assert_same(ours[name], theirs[name], name)
-    elif isinstance(theirs, list) and theirs and isinstance(theirs[0], dict):
+    elif isinstance(theirs, list) and theirs and isinstance(theirs[0], (dict, list)):
         for one, other in zip(ours, theirs, strict=True):
             assert_same(one, other, key)
     elif theirs is None or isinstance(theirs, str):
