@@ -347,7 +347,7 @@ def size_costs(
     at least. The first round does not count. Before each, untimed, comes
     the job that precedes it in decoding. All come after a text of `length` tokens.
     """
-    others, longest = others or {}, max(max(g, COPIED * (n > 0)) for g, _, n in sizes)
+    others, longest = others or {}, max(max(g, COPIED if copies else 0) for g, _, copies in sizes)
     most = max(longest, *(nodes for _, nodes, _ in sizes), *(o.nodes for o in others.values())) + 1
     counts = [n for n in COUNTS if n < most] + [most]
     sampler = Sampler(target.embed.weight.device, temperature)
