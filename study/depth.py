@@ -350,18 +350,17 @@ def measured(config: DepthConfig, run_folder: Path, cells: dict) -> dict:
     stops = None if target.chat is None else target.chat.stops
     key = its.key | {"heads": [prints[k, config.seeds[0]] for k in cells], "length": length}
     key |= {"device": describe_device(weight.device), "machine": platform.node()}
-
-    def of_depth(depth: int) -> tuple:
-        """The target padded to this depth, and the first seed's heads for it."""
+    models = {}  # by depth: the padded target, and the first seed's heads for it
+    for depth in config.depths:
         deep = padded(target, depth)
-        return deep, {k: beside(heads[k, config.seeds[0]], deep) for k in cells}
-
+        models[depth] = deep, {k: beside(heads[k, config.seeds[0]], deep) for k in cells}
     for number in range(ROUNDS):
         for depth in config.depths:
-            models = of_depth(depth)
             for kind, temperature in kinds.items():
                 where, timing = folder / f"costs-{kind}-{depth}-{number}.json", {"sizes": SIZES}
-                found = kept(where, key | timing, timed, *models, temperature, length, number)
+                found = kept(
+                    where, key | timing, timed, *models[depth], temperature, length, number
+                )
                 for k in cells:
                     costs.setdefault((kind, depth), {}).setdefault(k, []).append(found[k])
         print(f"costs, round {number + 1} of {ROUNDS}", flush=True)
@@ -372,7 +371,7 @@ def measured(config: DepthConfig, run_folder: Path, cells: dict) -> dict:
         rows = reckoned(*both, costs["greedy", depth], 0.0, once)
         some = greedy.texts[: config.check_texts]
         what = {"texts": greedy.key, "count": len(some), "rows": {k: rows[k]["size"] for k in rows}}
-        where, job = folder / f"decoded-{depth}.json", (*of_depth(depth), rows, some, stops)
+        where, job = folder / f"decoded-{depth}.json", (*models[depth], rows, some, stops)
         checks[str(depth)] = kept(where, key | what, decoded, *job)
         print(f"decoded at {depth} layers: {checks[str(depth)]}", flush=True)
     part = {
