@@ -64,9 +64,11 @@ class Discriminator(nn.Module):
 
     The context c is h_t, from which the head guessed, the target's own state h+ = h_{t+i} at the
     guessed place, and the draft position i. The head cannot see h+, and D is never needed for
-    decoding. A *blind* D is shown the head's own guess h' in place of h+, and the text's token in
-    place of p: it knows no more than the head does. g and b come from one small network: a product
-    with W then scores the whole vocabulary. In shapes D is the width of a state.
+    decoding. Two other forms are tried: a *blind* D is shown the head's own guess h' in place of
+    h+, and the text's token in place of p: it knows no more than the head does. D by *difference*
+    is shown h+ - h' in place of h+, in which the logits of D* are linear. g and b come from one
+    small network: a product with W then scores the whole vocabulary. In shapes D is the width of a
+    state.
     """
 
     def __init__(self, lm_head: Tensor, num_positions: int, hidden: int = 512):

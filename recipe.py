@@ -122,8 +122,9 @@ class TrainConfig:
     )
     discriminator: str = of_d(
         "learnt",
-        "exact: the closed form; blind: sees what the head sees, and the text's tokens, never p",
-        choices=["learnt", "exact", "blind"],
+        "exact: the closed form; blind: sees what the head sees, and the text's tokens, never p; "
+        "difference: sees h+ less the head's guess",
+        choices=["learnt", "exact", "blind", "difference"],
     )
     joint_from: float = of_d(0.6, "share of steps before the joint part", least=0, most=1)
     discriminator_steps: int = of_d(200, "steps of D alone before the joint part", least=0)

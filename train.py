@@ -106,15 +106,15 @@ class HeadTraining:
         discriminator_lr: float = 1e-3,
         feature_weight: float = 1.0,
         labels: str = "own",
-        blind: bool = False,
+        form: str = "learnt",
     ):
         """`weight`: lambda. `discriminator=None`: L_adv takes the best one, D* = p / (p + q).
 
-        `labels`, `blind`: see recipe.py.
+        `labels`, and `form`, that of D: see recipe.py.
         """
         self.target, self.head, self.discriminator = target, head, discriminator
         self.weight, self.autocast, self.feature_weight = weight, autocast, feature_weight
-        self.head_lr, self.discriminator_lr, self.blind = head_lr, discriminator_lr, blind
+        self.head_lr, self.discriminator_lr, self.form = head_lr, discriminator_lr, form
         usual = "soft" if head.learns_p else "hard"
         self.labels = usual if labels == "own" else labels
         self.optimizer = torch.optim.AdamW(
@@ -237,7 +237,7 @@ class HeadTraining:
         inputs only: through them it reaches D's weights.
         """
         q = probabilities(state, to_logits)  # (N, S), as p
-        if self.blind:
+        if self.form == "blind":
             p = F.one_hot(token, q.shape[-1]).to(q.dtype)
         else:
             p = probabilities(h_to, self.lm_head)
@@ -263,8 +263,9 @@ class HeadTraining:
         return self.discriminator.score(self.context(index, h_from, h_to, state)).float()
 
     def context(self, index: int, h_from: Tensor, h_to: Tensor, state: Tensor) -> Tensor:
-        """g and b of each row, from what D is shown: h+, or, if it is blind, the head's guess."""
-        return self.discriminator.context(h_from, state if self.blind else h_to, index)
+        """g and b of each row, from what a D of this form is shown of h+ and the head's guess."""
+        shown = {"learnt": h_to, "blind": state, "difference": h_to - state}[self.form]
+        return self.discriminator.context(h_from, shown, index)
 
 
 # ----------------------------------------------------------------------------------- the loop
@@ -286,9 +287,8 @@ def new_training(config: TrainConfig, name: str, target, autocast: Autocast) -> 
     if weight > 0 and config.discriminator != "exact":
         rows = head.vocabulary.rows(target.lm_head.weight)
         discriminator = Discriminator(rows, head.max_draft or config.own_steps).to(rows.device)
-    rates = config.head_lr, config.discriminator_lr
-    how = config.feature_weight, config.labels, config.discriminator == "blind"
-    return HeadTraining(target, head, discriminator, weight, autocast, *rates, *how)
+    how = config.head_lr, config.discriminator_lr, config.feature_weight, config.labels
+    return HeadTraining(target, head, discriminator, weight, autocast, *how, config.discriminator)
 
 
 def train_head(

@@ -76,7 +76,7 @@ CELLS |= {f"eagle-{name}": ORIGINAL | label for name, label in LABELS.items() if
 CELLS |= {
     f"eagle-{name}-{judge}": GAME | label | dict(discriminator=judge)
     for name, label in LABELS.items()
-    for judge in ("exact", "learnt", "blind")
+    for judge in ("exact", "learnt", "blind", "difference")
     if judge != "blind" or "hard" in name
 }
 DOSES = (0.1, 0.3, 1.0, 3.0)  # of `exact` where p is in the loss

@@ -281,30 +281,33 @@ def test_the_discriminator_sees_the_state_guessed_from_and_the_one_guessed_for(k
 
 
 @pytest.mark.parametrize(
-    "kind, labels, blind",
+    "kind, labels, form",
     [
-        ("medusa", "own", False),
-        ("medusa", "own", True),
-        ("eagle", "own", False),
-        ("eagle", "hard", False),
-        ("eagle", "hard", True),
-        ("eagle", "none", False),
+        ("medusa", "own", "learnt"),
+        ("medusa", "own", "blind"),
+        ("eagle", "own", "learnt"),
+        ("eagle", "hard", "learnt"),
+        ("eagle", "hard", "blind"),
+        ("eagle", "hard", "difference"),
+        ("eagle", "none", "learnt"),
     ],
 )
 @pytest.mark.parametrize("draft_vocab", [0, 20])
-def test_losses_by_rows_are_those_of_all_rows_at_once(kind, labels, blind, draft_vocab):
+def test_losses_by_rows_are_those_of_all_rows_at_once(kind, labels, form, draft_vocab):
     """Values and gradients of L_sup, L_adv and L_D, written down with whole tensors."""
     target, head, judge, batch = game_setting(kind, draft_vocab=draft_vocab)
     for weight in head.parameters():  # away from p = q, where min(p, q) has an edge
         weight.data += 0.1 * torch.randn_like(weight)
-    how = dict(feature_weight=0.7, labels=labels, blind=blind)
+    how = dict(feature_weight=0.7, labels=labels, form=form)
     training, guess = in_training(target, head, judge, **how), head(batch, OWN_STEPS)
     supervised = adversarial = of_judge = 0.0
     for i, (logits, state) in enumerate(zip(logits_of(guess), guess.states), start=1):
         before, after = batch.rows(batch.hidden[:, :-i], i), batch.rows(batch.hidden[:, i:], i)
         tokens = head.vocabulary.indices_of(batch.rows(batch.tokens[:, i + 1 :], i))
         p, q = F.linear(after, training.lm_head).softmax(-1), logits.softmax(-1)
-        seen, real = (state.detach(), F.one_hot(tokens, q.shape[-1])) if blind else (after, p)
+        seen, real = shown(form, state.detach(), after), p
+        if form == "blind":
+            real = F.one_hot(tokens, q.shape[-1])
         judged = judge.score(judge.context(before, seen, i - 1))
         weight = head.position_weights[i - 1]
         of_judge += weight * discriminator_loss(judged, real, q)
@@ -448,16 +451,22 @@ def state_of(training) -> list[torch.Tensor]:
     return [value.clone() for value in tensors if isinstance(value, torch.Tensor)]
 
 
-@pytest.mark.parametrize("name", ["medusa-koala", "eagle-koala", "eagle-exact", "eagle-blind"])
+def shown(form: str, state: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
+    """What a D of this form sees of the head's guess and of h+."""
+    return {"blind": state, "difference": after - state}.get(form, after)
+
+
+@pytest.mark.parametrize("form", ["learnt", "exact", "blind", "difference"])
+@pytest.mark.parametrize("kind", ["medusa", "eagle"])
 @pytest.mark.parametrize("log", [False, True])
-def test_a_joint_step_is_one_of_D_and_then_one_of_the_head(name, log):
+def test_a_joint_step_is_one_of_D_and_then_one_of_the_head(kind, form, log):
     """Both losses written by hand, with whole tensors, from discriminator.py and draft_head.py.
 
     Without it a D that never steps, or a lambda of the wrong sign, would leave every other test
     green and turn the finding on the discriminator into one about a bug.
     """
-    flags = dict(head=name, layers=2, adversarial_weight=0.5, own_steps=2)
-    flags["discriminator"], blind = name.split("-")[1].replace("koala", "learnt"), "blind" in name
+    name = f"{kind}-{form}"
+    flags = dict(head=name, layers=2, adversarial_weight=0.5, own_steps=2, discriminator=form)
     (ours, features), (hand, _) = head_training(name, **flags), head_training(name, **flags)
     batch = ours.batch(features, torch.arange(4))
     head, judge, target = hand.head, hand.discriminator, hand.target
@@ -481,7 +490,9 @@ def test_a_joint_step_is_one_of_D_and_then_one_of_the_head(name, log):
         loss = 0.0
         for i, (weight, logits, state, before, after, p, tokens, _) in enumerate(places):
             q, state = logits.detach().softmax(-1), state.detach()
-            seen, real = (state, F.one_hot(tokens, 40)) if blind else (after, p)
+            seen, real = shown(form, state, after), p
+            if form == "blind":
+                real = F.one_hot(tokens, 40)
             loss = loss + weight * discriminator_loss(
                 judge.score(judge.context(before, seen, i)), real, q
             )
@@ -490,7 +501,7 @@ def test_a_joint_step_is_one_of_D_and_then_one_of_the_head(name, log):
         hand.d_optimizer.step()
     loss = 0.0
     for i, (weight, logits, state, before, after, p, _, label) in enumerate(places):
-        q, seen = logits.softmax(-1), state.detach() if blind else after
+        q, seen = logits.softmax(-1), shown(form, state.detach(), after)
         judged = (
             exact_logits(p, q) if judge is None else judge.score(judge.context(before, seen, i))
         )
