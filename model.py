@@ -178,10 +178,12 @@ class Block(nn.Module):
         q, k = qk.split([self.num_heads, self.num_kv_heads], dim=1)  # (B, H or Hkv, T, hd)
         if cache is not None:
             k, v = cache.write(layer, k, v)  # (B, Hkv, length + T, hd)
-        if length == 1:
-            # The H / Hkv queries that share keys see the same ones. As one text of queries they
-            # spare the kernel a copy of the keys for each (half the time of a step of 96 texts).
-            q = q.view(batch, self.num_kv_heads, -1, self.head_dim)  # (B, Hkv, H / Hkv, hd)
+        shared = self.num_heads // self.num_kv_heads
+        if shared > 1 and (length == 1 or mask is not None):
+            # The queries that share keys see the same ones. As one text of queries they spare the
+            # kernel a copy of the keys for each (half the time of a step of 96 texts).
+            q = q.reshape(batch, self.num_kv_heads, shared * length, self.head_dim)
+            mask = mask.repeat(shared, 1) if mask is not None else None  # (H / Hkv * T, ..)
         attended = F.scaled_dot_product_attention(
             q,
             k,
@@ -230,11 +232,16 @@ class GPT(nn.Module):
             raise ValueError(f"{start + tokens.shape[1]} tokens exceed {self.config.context}")
         else:
             rotary = self.rotary(start, tokens.shape[1])
+        states = self.read(tokens, cache, rotary)
+        if cache is not None:
+            cache.advance(tokens.shape[1])
+        return states
+
+    def read(self, tokens: Tensor, cache: KVCache | None, rotary) -> Tensor:
+        """`forward` with what `Rotary` gave for these positions; the cache does not advance."""
         x = self.embed(tokens)  # (B, T, D)
         for layer, block in enumerate(self.blocks):
             x = block(x, rotary, cache, layer)
-        if cache is not None:
-            cache.advance(tokens.shape[1])
         return self.norm(x)
 
     def new_cache(self, max_length: int | None = None, batch: int = 1) -> KVCache:

@@ -291,7 +291,7 @@ class DecodeConfig:
     seed: int = option(0, "of sampling")
     device: str = option("auto", "auto, cpu or cuda")
     dtype: str = option("auto", "to decode in", choices=["auto", "float32", "bfloat16", "float64"])
-    compile: bool = option(False, "have torch compile the target's layers")
+    compile: bool = option(False, "on a GPU: record the passes as CUDA graphs")
 
     def __post_init__(self):
         check_ranges(self)

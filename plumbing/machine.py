@@ -83,25 +83,6 @@ def choose_autocast(name: str, device: torch.device) -> Autocast:
     return Autocast(device, torch.bfloat16 if low else torch.float32)
 
 
-def compile_layers(target) -> None:
-    """Have torch compile the layers of a target; where that fails, say so and go on without."""
-    torch._dynamo.config.recompile_limit = 64  # one for each way to call a layer: with a mask, ...
-    tokens = torch.zeros(1, 4, dtype=torch.long, device=target.embed.weight.device)
-    nodes = torch.eye(4, dtype=torch.bool, device=tokens.device)
-    for block in target.blocks:
-        block.compile(dynamic=True)
-    try:
-        with torch.inference_mode():  # as decoding calls it: a prompt, a token, a tree
-            cache = target.new_cache(16)
-            target(tokens, cache)
-            target(tokens[:, :1], cache)
-            target(tokens, cache, tokens[0] + 5, nodes)
-    except Exception as error:  # no compiler, an unsupported Python: many reasons, one remedy
-        torch.compiler.set_stance("force_eager")
-        reason = " ".join(str(error).split())[:100]
-        print(f"--compile does not work here ({reason}): going on without")
-
-
 def commit() -> str | None:
     """The commit of the code, with a + if it has been changed since; None without git."""
     try:

@@ -84,6 +84,10 @@ CELLS |= {
     f"eagle-soft-exact-{weight:g}": GAME | dict(discriminator="exact", adversarial_weight=weight)
     for weight in DOSES
 }
+CELLS |= {  # what such a D adds near p, added by CE(p, q) itself: see discriminator.py
+    f"eagle-soft-heavier-{weight:g}": ORIGINAL | dict(feature_weight=0.1 / (0.1 + weight / 2))
+    for weight in DOSES
+}
 CELLS |= {  # steps of D alone before the game
     f"eagle-hard-learnt-{steps}": GAME | LABELS["hard"] | dict(discriminator_steps=steps)
     for steps in (0, 1000)

@@ -22,9 +22,10 @@ from plumbing.files import (
     load_checkpoint,
     save_checkpoint,
 )
-from plumbing.machine import choose_device, compile_layers
+from plumbing.machine import choose_device
 from targets.bpe import build_encoding
 from targets.chat import Chat
+from targets.graphs import try_to_replay
 from targets.pretrained import find_source, import_target
 from targets.runs import fingerprint, head_path, load_head, load_target, trained_heads
 
@@ -189,7 +190,7 @@ def load(out_dir=None, head="auto", device="auto", dtype="auto", compile=False):
     target.chat = chat
     check_numbers(target, folder)
     if compile:
-        compile_layers(target)
+        try_to_replay(target)
     if head is not None:
         path = head_path(folder, favourite(folder) if head == "auto" else head)
         head = load_head(path, target, checkpoint["fingerprint"])

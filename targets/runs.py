@@ -17,6 +17,7 @@ from model import GPT, GPTConfig
 from plumbing.cli import UserError
 from plumbing.files import as_other_version, load_checkpoint, save_checkpoint, stored
 from plumbing.progress import check_same
+from targets.graphs import ReplayedGPT, replay_passes
 from targets.text import Text
 
 # Settings of the first edition (up to commit 70beb28) -> their present names.
@@ -131,7 +132,10 @@ def load_head(path: Path, target: GPT, target_fingerprint: str | None = None) ->
         head = build_head(HeadConfig(**checkpoint["config"]), target)
         head.load_state_dict(checkpoint["weights"])
         head.training_record = checkpoint["training"]
-    return head.to(target.embed.weight.dtype).eval().requires_grad_(False)
+    head = head.to(target.embed.weight.dtype).eval().requires_grad_(False)
+    if isinstance(target, ReplayedGPT):
+        replay_passes(head, target.passes)
+    return head
 
 
 def trained_heads(folder: Path) -> list[str]:
