@@ -325,6 +325,12 @@ GAME = of(
         "test_training.py::test_the_discriminator_slows_down_with_the_head",
     ),
     (
+        '"difference": h_to - state}',
+        '"difference": state - h_to}',
+        "D is shown its lesson the wrong way round",
+        "test_training.py::test_a_joint_step_is_one_of_D_and_then_one_of_the_head",
+    ),
+    (
         "h_to = batch.rows(batch.hidden[:, i:], i)",
         "h_to = batch.rows(batch.hidden[:, :-i], i)",
         "p is that of another place",
@@ -613,6 +619,40 @@ FILES += of(
         "test_faults.py::test_file_names_that_are_no_utf8_are_read_like_any_other",
     ),
 )
+RECORDED = of(
+    "targets/graphs.py",
+    (
+        "self.values[layer].index_copy_(2, self.slots, values)",
+        "self.values[layer].index_copy_(2, self.slots - self.slots[0], values)",
+        "a recorded pass writes where the first one did",
+        "test_graphs.py::test_texts_are_those_of_passes_that_are_not_recorded",
+    ),
+    (
+        "self.mask.fill_(-math.inf)",
+        "self.mask",
+        "a recorded pass sees what an earlier draft or text left in the cache",
+        "test_graphs.py::test_texts_are_those_of_passes_that_are_not_recorded",
+    ),
+    (
+        "return self.replay().clone()",
+        "return self.replay()",
+        "the next replay overwrites states that are still needed",
+        "test_graphs.py::test_an_output_outlives_the_next_replay",
+    ),
+    (
+        "whole = free.pop() if free else make(size)",
+        "whole = free[-1] if free else make(size)",
+        "two texts at once write to one cache",
+        "test_graphs.py::test_two_texts_at_once_have_caches_of_their_own",
+    ),
+    (
+        "size = -(-length // ROUND) * ROUND",
+        "size = length",
+        "every length of text records passes of its own",
+        "test_graphs.py::test_two_texts_at_once_have_caches_of_their_own",
+    ),
+)
+
 ELSEWHERE = of(
     "targets/loading.py",
     (
@@ -981,5 +1021,6 @@ BLANKS = [
     for name in names
     if not exercise.fails
 ]
-MUTATIONS = RULES + DECODER + CACHE + PLANS + HEADS + GAME + FIGURES + FILES + ELSEWHERE
+MUTATIONS = RULES + DECODER + CACHE + PLANS + HEADS + GAME + FIGURES + FILES
+MUTATIONS += RECORDED + ELSEWHERE
 MUTATIONS += ANSWERS + BLANKS
