@@ -1,10 +1,21 @@
 """The first import of each script: Ctrl-C is one line while torch is imported, which takes seconds.
 
-Later `cli.run` sees to it. Who imports this project as a library keeps tracebacks of his own code.
+Python drops an error within a callback, such as those of its import system, and with it a Ctrl-C
+that falls there. So it is noted, and `cli.run`, which takes over after the imports, hears of it.
+Who imports this project as a library keeps tracebacks of his own code.
 """
 
+import signal
 import sys
 from functools import partial
+
+heard = False  # whether Ctrl-C came while this process imported
+
+
+def interrupt(number, frame) -> None:
+    global heard
+    heard = True
+    raise KeyboardInterrupt
 
 
 def excepthook(usual, kind, error, trace) -> None:
@@ -22,4 +33,16 @@ def excepthook(usual, kind, error, trace) -> None:
         usual(kind, error, error.__traceback__)
 
 
+def unraisablehook(usual, dropped) -> None:
+    """In place of Python's own, which prints a traceback of what it drops."""
+    if not issubclass(dropped.exc_type, KeyboardInterrupt):
+        usual(dropped)
+
+
 sys.excepthook = partial(excepthook, sys.excepthook)
+sys.unraisablehook = partial(unraisablehook, sys.unraisablehook)
+try:
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, interrupt)
+except ValueError:  # in another thread than the main one: not a script of ours
+    pass

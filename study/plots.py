@@ -120,7 +120,8 @@ def plot_gain(measured: dict[str, tuple], path: Path) -> None:
 @plt.rc_context(STYLE)
 def plot_labels(result: dict, path: Path) -> None:
     """tau by the labels of the loss and by the discriminator: see study/README.md, the cells."""
-    judges = {"": "no D", "exact": "exact D", "learnt": "learnt D", "blind": "blind D"}
+    judges = {"": "no D", "exact": "exact D", "difference": "D by difference"}
+    judges |= {"learnt": "learnt D", "blind": "blind D"}
     labels = {"none": "states", "hard": "tokens", "hardfeature": "states, tokens"}
     labels |= {"soft": "states, p\n(the recipe)"}
     figure, axes = plt.subplots(1, 2, figsize=(10, 4.6))
@@ -132,13 +133,13 @@ def plot_labels(result: dict, path: Path) -> None:
                 cell = f"eagle-{name_of}-{judge}".rstrip("-")
                 heads = result["cells"].get(cell, {"heads": {}})["heads"].values()
                 taus = [head[key] for head in heads]
-                x = place + 0.18 * (shift - 1.5)
+                x = place + 0.16 * (shift - 2)
                 axis.plot([x] * len(taus), taus, "o", color=f"C{shift}", alpha=0.4, markersize=4)
-                axis.plot([x - 0.07, x + 0.07], [np.mean(taus or [np.nan])] * 2, color=f"C{shift}")
+                axis.plot([x - 0.06, x + 0.06], [np.mean(taus or [np.nan])] * 2, color=f"C{shift}")
             axis.plot([], [], "o-", color=f"C{shift}", label=name if axis is axes[0] else None)
         axis.set_xticks(range(len(labels)), labels.values())
         axis.set(title=f"tau on held-out text, {title}", xlabel="what the loss knows of the target")
-    figure.legend(loc="outside lower center", ncols=4)
+    figure.legend(loc="outside lower center", ncols=5)
     figure.savefig(path)
     plt.close(figure)
 

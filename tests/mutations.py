@@ -513,6 +513,12 @@ FILES += of(
         "an interrupt that a shell ignored is not heard",
         "test_faults.py::test_an_interrupt_while_decoding_is_one_line_even_where_a_shell_ignored_it",
     ),
+    (
+        "        if plumbing.early.heard:",
+        "        if False:",
+        "an interrupt that Python drops during the imports is forgotten",
+        "test_faults.py::test_an_interrupt_that_python_drops_during_the_imports_is_heard_after_them",
+    ),
 )
 FILES += of(
     "plumbing/progress.py",

@@ -607,6 +607,29 @@ def test_an_interrupt_while_torch_is_imported_is_one_line(tmp_path):
         assert ast.unparse(first) == "import plumbing.early", script
 
 
+@pytest.mark.skipif(os.name != "posix", reason="signals are those of POSIX")
+@pytest.mark.parametrize("dropped", ["in a callback", "by a module"])
+def test_an_interrupt_that_python_drops_during_the_imports_is_heard_after_them(dropped):
+    """Found by `endurance kills`: a run of twenty had gone on in spite of a Ctrl-C."""
+    code = {
+        "in a callback": "note = weakref.ref(it := set(), lambda _: kill()); del it",
+        "by a module": "try:\n    kill()\nexcept BaseException:\n    pass",
+    }[dropped]
+    code = f"""
+import signal, weakref
+signal.signal(signal.SIGINT, signal.default_int_handler)
+import plumbing.early
+def kill():
+    signal.raise_signal(signal.SIGINT)
+{code}
+from plumbing.cli import run
+run(lambda: print("main"))
+"""
+    root = Path(__file__).parent.parent
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "\ninterrupted\n")
+
+
 def test_speculate_reads_a_run_that_is_being_trained(tiny_run, tmp_path, call):
     run = shutil.copytree(tiny_run.folder, tmp_path / "run")
     with only_writer(run):
