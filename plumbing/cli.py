@@ -5,8 +5,6 @@ from the command line. `check_ranges` refuses a value out of range, wherever the
 An error that the user can fix is a `UserError`: `run` prints it as one line, with exit status 2.
 """
 
-import plumbing.early
-
 import argparse
 import dataclasses
 import math
@@ -127,8 +125,6 @@ def run(main) -> None:
         signal.signal(number, signal.default_int_handler)
     sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that cannot show a character
     try:
-        if plumbing.early.heard:
-            raise KeyboardInterrupt
         main()
         sys.stdout.flush()
     except UserError as error:

@@ -506,18 +506,27 @@ FILES = of(
     ),
 )
 FILES += of(
+    "plumbing/early.py",
+    (
+        "    os._exit(130)",
+        "    raise KeyboardInterrupt",
+        "an interrupt during the imports is a traceback, or dropped within a callback",
+        "test_faults.py::test_an_interrupt_while_torch_is_imported_is_one_line",
+    ),
+    (
+        "if of_a_script():",
+        "if True:",
+        "who imports the project loses his signals",
+        "test_faults.py::test_an_interrupt_while_torch_is_imported_is_one_line",
+    ),
+)
+FILES += of(
     "plumbing/cli.py",
     (
         "        signal.signal(number, signal.default_int_handler)",
         "        pass",
         "an interrupt that a shell ignored is not heard",
         "test_faults.py::test_an_interrupt_while_decoding_is_one_line_even_where_a_shell_ignored_it",
-    ),
-    (
-        "        if plumbing.early.heard:",
-        "        if False:",
-        "an interrupt that Python drops during the imports is forgotten",
-        "test_faults.py::test_an_interrupt_that_python_drops_during_the_imports_is_heard_after_them",
     ),
 )
 FILES += of(
