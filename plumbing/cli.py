@@ -130,10 +130,7 @@ def run(main) -> None:
     except UserError as error:
         sys.exit(fail(error))
     except KeyboardInterrupt as interrupt:
-        for number in (signal.SIGINT, signal.SIGTERM):  # to ask again changes nothing any more
-            signal.signal(number, signal.SIG_IGN)
-        print(f"\ninterrupted{': ' + str(interrupt) if str(interrupt) else ''}", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(leave(interrupt))
     except torch.OutOfMemoryError as error:
         reason = str(error).split(". ")[0]
         sys.exit(fail(f"{reason}: try --device cpu, or less at once (train.py: --batch_tokens)"))
@@ -141,6 +138,17 @@ def run(main) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:  # a full disk, a folder that cannot be written
         sys.exit(fail(error))
+    except RuntimeError as error:  # Python 3.11's of an interrupt in a class body of a late import
+        if not isinstance(error.__cause__, KeyboardInterrupt):
+            raise
+        sys.exit(leave(error.__cause__))
+
+
+def leave(interrupt: KeyboardInterrupt) -> int:
+    for number in (signal.SIGINT, signal.SIGTERM):  # to ask again changes nothing any more
+        signal.signal(number, signal.SIG_IGN)
+    print(f"\ninterrupted{': ' + str(interrupt) if str(interrupt) else ''}", file=sys.stderr)
+    return 130
 
 
 def fail(error: Exception | str) -> int:

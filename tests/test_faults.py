@@ -614,6 +614,22 @@ def test_an_interrupt_while_torch_is_imported_is_one_line(tmp_path, name, where)
             assert (done.returncode, done.stdout, done.stderr) == (status, "", "\ninterrupted\n")
 
 
+@pytest.mark.skipif(os.name != "posix", reason="signals are those of POSIX")
+def test_an_interrupt_while_a_class_is_made_is_one_line():
+    """torch imports parts of itself late. Python 3.11 makes a RuntimeError of an interrupt there."""
+    code = """
+import plumbing.early, signal
+from plumbing.cli import run
+class Slow:
+    def __set_name__(self, owner, name):
+        signal.raise_signal(signal.SIGINT)
+run(lambda: type("Late", (), {"slow": Slow()}))
+"""
+    root = Path(__file__).parent.parent
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "\ninterrupted\n")
+
+
 def test_interrupts_are_heard_from_the_first_import_on():
     root = Path(__file__).parent.parent
     for script in ("speculate.py", "train.py", "bench.py", "study/__init__.py"):
