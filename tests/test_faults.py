@@ -630,6 +630,25 @@ run(lambda: type("Late", (), {"slow": Slow()}))
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "\ninterrupted\n")
 
 
+@pytest.mark.skipif(os.name != "posix", reason="signals are those of POSIX")
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_an_interrupt_after_the_imports_leaves_nothing_half_done(name):
+    """During them the process just leaves; later what it has begun is put away first."""
+    code = f"""
+import plumbing.early, signal
+from plumbing.cli import run
+def main():
+    try:
+        signal.raise_signal(signal.{name})
+    finally:
+        print("put away")
+run(main)
+"""
+    root = Path(__file__).parent.parent
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "put away\n", "\ninterrupted\n")
+
+
 def test_interrupts_are_heard_from_the_first_import_on():
     root = Path(__file__).parent.parent
     for script in ("speculate.py", "train.py", "bench.py", "study/__init__.py"):
