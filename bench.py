@@ -168,7 +168,7 @@ def baseline_share(target, prompt: list[int], count: int, repeats: int) -> float
     device = target.embed.weight.device
 
     def bare() -> float:
-        cache = target.new_cache()
+        cache = target.new_cache(len(prompt) + count)
         hidden = target(torch.tensor([prompt], device=device), cache)
         token = argmax(target.lm_head(hidden[:, -1:]))
         start = synchronized_time(device)
@@ -196,7 +196,8 @@ def measure(config: BenchConfig, target, ready: dict, prompts: list) -> tuple[li
     for number in range(config.runs):
         for rows in seconds.values():
             rows.append([])
-        warm_up = prompts[:WARM_UP] if number == 0 else []
+        few = len(prompts) if config.compile else WARM_UP  # each length records passes of its own
+        warm_up = prompts[:few] if number == 0 else []
         for index, (_, prompt, *_) in enumerate(warm_up + prompts, start=-len(warm_up)):
             seed = config.seed + max(index, 0)
             # Each time in another order: whatever one leaves behind hits all.

@@ -130,7 +130,7 @@ class Bench:
         generator, size = torch.Generator().manual_seed(0), (1, length + extra)
         tokens = torch.randint(target.config.vocab_size, size, generator=generator)
         self.tokens = tokens.to(self.device)
-        self.cache = target.new_cache(target.config.context + extra)
+        self.cache = target.new_cache(length + extra)
         self.hidden = target(self.tokens[:, :length], self.cache)
 
     def target_pass(self, tokens, *where) -> None:
@@ -152,7 +152,7 @@ class Bench:
         """A function that drafts where the head has yet to read the last `backlog` tokens."""
         before = self.length - min(backlog, self.length - 1)
         text = self.tokens[0].tolist()
-        known = Known(text[:1], head, self.target.config.context + plan.slots)
+        known = Known(text[:1], head, self.length + 1 + plan.slots)
         for a, b in ((1, before + 1), (before + 1, self.length + 1)):  # the text, then its backlog
             if head is not None:
                 known.read()  # what was added before: all but the backlog

@@ -270,7 +270,6 @@ def check_prompt(config: GPTConfig, prompt: list[int]) -> None:
 
 # ------------------------------------------------------------------------ the command line
 
-
 HEADLESS = "none", "lookup"  # names that need no trained head
 
 
@@ -412,8 +411,9 @@ def main() -> None:
         return converse(target, encoding, drafting)
     print()
     tokens = encode_prompt(encoding, prompt) if chat is None else chat.prompt([prompt])
-    # A process's first passes are slow: they are not those that are timed.
-    generate(target, tokens, **drafting | {"max_new_tokens": min(8, config.max_new_tokens)})
+    few = config.max_new_tokens if config.compile else 8  # first passes are slow, or recorded
+    for first in (request, drafting):
+        generate(target, tokens, **first | {"max_new_tokens": few})
     printer, cycles, steps = Printer(encoding, stops, config.trace), [], []
     look, look_again = printer.show, None
     if config.html is not None:

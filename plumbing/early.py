@@ -11,16 +11,19 @@ import sys
 
 
 def leave(number, frame) -> None:
-    os.write(2, b"\ninterrupted\n")
-    os._exit(130)
+    try:
+        os.write(2, b"\ninterrupted\n")
+    finally:  # nobody may be listening
+        os._exit(130)
 
 
 def of_a_script() -> bool:
-    """Whether a script imports this file, or a package whose module is run by `python -m`."""
+    """Whether a script imports this file, or study/, of which a module is run by `python -m`."""
     frame = sys._getframe(1)
     while frame.f_globals["__name__"].startswith((__name__, "importlib.", "_frozen_importlib")):
         frame = frame.f_back
-    return frame.f_globals["__name__"] == "__main__" or sys.argv[0] == "-m"
+    name = frame.f_globals["__name__"]
+    return name == "__main__" or (name == "study" and sys.argv[0] == "-m")
 
 
 if of_a_script():

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from drafts import ALONE, COPIED, GAMMA, MATCH
+from plumbing.cli import run
 from plumbing.files import load_checkpoint
 from study.plots import plot_bench, plot_depth, plot_foresight, plot_gain, plot_labels
 from study.statistics import evaluate
@@ -333,8 +334,8 @@ def auto_table() -> str:
 def copies_table() -> str:
     """The predicted speedup of copies by match and by length, along validation texts."""
     rows, matches, lengths = [], (1, 2, 3, 4), (2, 4, 6, 12, 16)
-    for run, label in RUNS.items():
-        found = json.loads((TRAINED / run / SIZES).read_text("utf-8"))["copies"]
+    for folder, label in RUNS.items():
+        found = json.loads((TRAINED / folder / SIZES).read_text("utf-8"))["copies"]
         for kind in ("greedy", "sampled"):
             for name, match in (("alone", ALONE), ("eagle", MATCH)):
                 speed = {tuple(row[:2]): f"{row[-1]:.2f}" for row in found[f"{name}, {kind}"]}
@@ -417,4 +418,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -10,9 +10,10 @@ repeats them to the letter: the same shapes, the same places in memory. So in a 
 
 All else is the code that is read without it: `GPT.read` and `Eagle.step` run as they are, with
 `Places` where they expect a cache. There is a recording for each cache and each number of tokens,
-made when it is first needed. Caches have a multiple of `ROUND` places; the next text takes over
-what the last one is done with. Passes from the beginning of a text, or over more than `MOST`
-tokens, are few and large, and run unrecorded; so do the rule, Medusa's heads, and training.
+made when it is first needed. Caches have `ROUND` places, or twice or four times as many, and so on;
+the next text takes over what the last one is done with. Passes from the beginning of a text, or
+over more than `MOST` tokens, are few and large, and run unrecorded; so do the rule, Medusa's heads,
+and training.
 """
 
 import copy
@@ -26,21 +27,24 @@ from torch import Tensor
 from draft_head import Eagle, EagleState
 from model import GPT, KVCache
 
-ROUND = 256  # places: caches of few sizes, so that most texts find one whose passes are recorded
+ROUND = 256  # places at least: few sizes, so that most texts find a cache with recorded passes
 MOST = 64  # tokens of a recorded pass
 
 
 def record(body):
     """The replay of `body()`, which reads and writes fixed places. Its output is one of them."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
+    usual, stream = torch.cuda.current_stream(), torch.cuda.Stream()
+    stream.wait_stream(usual)
     with torch.cuda.stream(stream):
         for _ in range(3):  # kernels are chosen and workspaces made before the recording
             body()
-    torch.cuda.current_stream().wait_stream(stream)
+    usual.wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        output = body()
+    try:
+        with torch.cuda.graph(graph):
+            output = body()
+    finally:
+        torch.cuda.set_stream(usual)  # a recording that fails leaves its own behind
 
     def replay() -> Tensor:
         graph.replay()
@@ -88,8 +92,7 @@ class Pass:
         torch.arange(start, start + count, out=self.places.slots)
         self.mask.fill_(-math.inf)
         self.mask[:, : start + count] = 0.0 if mask is None else mask
-        if self.replay is None:
-            self.replay = self.record(self.body)
+        self.replay = self.replay or self.record(self.body)
         return self.replay().clone()
 
 
@@ -98,10 +101,25 @@ class Passes:
 
     def __init__(self, record=record):
         """`record`: see `record`."""
-        self.record, self.known, self.free = record, {}, defaultdict(list)
+        self.how, self.known, self.free = record, {}, defaultdict(list)
+
+    def record(self, body):
+        """The replay of `body`; where it cannot be recorded, itself, and so from then on."""
+        try:
+            return self.how(body)
+        except RuntimeError as error:  # of CUDA, whatever it is
+            self.how = lambda body: body
+            reason = " ".join(str(error).split())[:100]
+            print(f"--compile does not work here ({reason}): going on without")
+            return body
 
     def __call__(self, function, cache: KVCache, rotary, *inputs: Tensor) -> Tensor:
-        """function(*inputs, cache, rotary), a pass over the tokens that follow what is cached."""
+        """function(*inputs, cache, rotary), a pass over the tokens that follow what is cached.
+
+        Raises ValueError where there is no room for them.
+        """
+        if (end := cache.length + inputs[0].shape[1]) > cache.max_length:
+            raise ValueError(f"{end} tokens exceed a cache of {cache.max_length}")
         cos, sin, mask = rotary
         inputs = [*inputs, cos, sin]
         key = (function, id(cache.keys), *(value.shape for value in inputs))
@@ -114,10 +132,14 @@ class Passes:
         """An empty cache of at least `length` places, by `make(size)` if none of its size and key
         is free. It is free again as soon as nobody holds it.
         """
-        size = -(-length // ROUND) * ROUND
+        size = ROUND
+        while size < length:
+            size *= 2
         free = self.free[size, key]
         with torch.inference_mode(False):
             whole = free.pop() if free else make(size)
+        # What is masked counts 0 times its value, which has to be a number.
+        whole.values.zero_()
         cache = copy.copy(whole)  # of the same keys and values
         weakref.finalize(cache, free.append, whole).atexit = False
         return cache
@@ -162,22 +184,8 @@ def replay_passes(model, passes: Passes) -> None:
 
 
 def try_to_replay(target: GPT) -> None:
-    """Have a target replay its passes; where that fails, say so and go on without."""
-    device = target.embed.weight.device
-    if device.type != "cuda":
+    """Have a target on a GPU replay its passes, and the heads that are loaded for it."""
+    if target.embed.weight.device.type == "cuda":
+        replay_passes(target, Passes())
+    else:
         print("--compile records passes on a GPU: there is none, going on without")
-        return
-    replay_passes(target, Passes())
-    tokens = torch.zeros(1, 4, dtype=torch.long, device=device)
-    nodes = torch.eye(4, dtype=torch.bool, device=device)
-    try:
-        with torch.inference_mode():  # as decoding calls it: a prompt, a token, a tree
-            cache = target.new_cache(16)
-            target(tokens, cache)
-            target(tokens[:, :1], cache)
-            target(tokens, cache, tokens[0] + 5, nodes)
-            torch.cuda.synchronize(device)
-    except RuntimeError as error:  # of CUDA, whatever it is
-        target.__class__ = GPT
-        reason = " ".join(str(error).split())[:100]
-        print(f"--compile does not work here ({reason}): going on without")
