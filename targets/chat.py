@@ -55,7 +55,7 @@ class Chat:
         """
         tokens, plain = [], ""
         for text, trusted in pieces:
-            for part in self.special.split(text) if trusted else [text]:
+            for part in self.special.split(text):
                 if trusted and part in self.encoding.special_tokens_set:
                     tokens += encode(self.encoding, plain)
                     tokens.append(self.encoding.encode_single_token(part))

@@ -731,8 +731,8 @@ ELSEWHERE += of(
         "test_pretrained.py::test_an_answer_ends_at_any_token_that_the_model_calls_an_end",
     ),
     (
-        "for part in self.special.split(text) if trusted else [text]:",
-        "for part in self.special.split(text):",
+        "if trusted and part in self.encoding.special_tokens_set:",
+        "if part in self.encoding.special_tokens_set:",
         "a message can end a turn by spelling its end",
         "test_chat.py::test_what_a_user_types_never_becomes_a_special_token",
     ),

@@ -45,7 +45,7 @@ from study.prompts import Passage, check_prompts, from_file, read_questions
 from targets.bpe import PIECES, build_encoding, encode, tokenize
 from targets.features import Features
 from targets.runs import load_head, load_target, save_target
-from targets.text import LEAST, by_hash, describe, load_documents, read_paths, sizes
+from targets.text import LEAST, by_hash, by_shares, describe, load_documents, read_paths, sizes
 from targets.written import Conversations
 
 CPU = torch.device("cpu")
@@ -365,8 +365,9 @@ def test_file_names_that_are_no_utf8_are_read_like_any_other(tmp_path):
             file.write(f"{name!r} has a line like this one\n" * 2000)
     documents = read_paths([str(folder)])
     assert len({document.name.split("#")[0] for document in documents}) == 4
-    about = describe({"train": documents, "valid": [], "test": []}, [str(folder)])
-    assert len(about["hash"]) == 16
+    for splits in (by_hash(documents), by_shares(documents)):
+        assert sum(map(len, splits.values())) == len(documents)
+        assert len(describe(splits, [str(folder)])["hash"]) == 16
 
 
 def test_files_of_another_encoding_are_counted(tmp_path, capsys):
