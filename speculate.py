@@ -411,8 +411,8 @@ def main() -> None:
         return converse(target, encoding, drafting)
     print()
     tokens = encode_prompt(encoding, prompt) if chat is None else chat.prompt([prompt])
-    few = config.max_new_tokens if config.compile else 8  # first passes are slow, or recorded
-    for first in (request, drafting):
+    few = config.max_new_tokens if config.compile else min(8, config.max_new_tokens)
+    for first in (request, drafting) if config.compile else (drafting,):  # slow, or recorded
         generate(target, tokens, **first | {"max_new_tokens": few})
     printer, cycles, steps = Printer(encoding, stops, config.trace), [], []
     look, look_again = printer.show, None

@@ -109,7 +109,6 @@ class HeadTraining:
         form: str = "learnt",
     ):
         """`weight`: lambda. `discriminator=None`: L_adv takes the best one, D* = p / (p + q).
-
         `labels`, and `form`, that of D: see recipe.py.
         """
         self.target, self.head, self.discriminator = target, head, discriminator
@@ -264,8 +263,9 @@ class HeadTraining:
 
     def context(self, index: int, h_from: Tensor, h_to: Tensor, state: Tensor) -> Tensor:
         """g and b of each row, from what a D of this form is shown of h+ and the head's guess."""
-        shown = {"learnt": h_to, "blind": state, "difference": h_to - state}[self.form]
-        return self.discriminator.context(h_from, shown, index)
+        if self.form != "learnt":
+            h_to = state if self.form == "blind" else h_to - state
+        return self.discriminator.context(h_from, h_to, index)
 
 
 # ----------------------------------------------------------------------------------- the loop

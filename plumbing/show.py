@@ -183,7 +183,7 @@ def remark(result, baseline, depth: int) -> str | None:
     draft, cost = (seconds / cycles / step for seconds in (result.draft_seconds, result.seconds))
     parts = f"{cost:.1f} plain steps (its draft {draft:.1f})"
     if cost > depth + 1:
-        return f"drafting cannot pay: a cycle costs {parts} and writes at most {depth + 1} tokens"
+        return f"drafting cannot pay here: a cycle costs {parts}, writes at most {depth + 1} tokens"
     wrote = sum(result.produced) / cycles
     return f"this draft did not pay: a cycle cost {parts} and wrote {wrote:.1f} tokens"
 

@@ -100,7 +100,7 @@ class Passes:
     """The recorded passes of a target and its heads, and the caches they write to."""
 
     def __init__(self, record=record):
-        """`record`: see `record`."""
+        """`record(body)` gives the replay of `body`: a CUDA graph, or what stands for one."""
         self.how, self.known, self.free = record, {}, defaultdict(list)
 
     def record(self, body):
@@ -156,7 +156,7 @@ class ReplayedGPT(GPT):
         length = max_length or self.config.context
         return self.passes.cache(lambda size: make(size, batch), length, id(self), batch)
 
-    def read(self, tokens: Tensor, cache=None, rotary=None) -> Tensor:
+    def read(self, tokens: Tensor, cache: KVCache | None, rotary) -> Tensor:
         if not recordable(tokens, cache):
             return super().read(tokens, cache, rotary)
         return self.passes(super().read, cache, rotary, tokens)
@@ -183,7 +183,7 @@ def replay_passes(model, passes: Passes) -> None:
         model.__class__, model.passes = replayed, passes
 
 
-def try_to_replay(target: GPT) -> None:
+def replay_on_a_gpu(target: GPT) -> None:
     """Have a target on a GPU replay its passes, and the heads that are loaded for it."""
     if target.embed.weight.device.type == "cuda":
         replay_passes(target, Passes())

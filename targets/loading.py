@@ -25,7 +25,7 @@ from plumbing.files import (
 from plumbing.machine import choose_device
 from targets.bpe import build_encoding
 from targets.chat import Chat
-from targets.graphs import try_to_replay
+from targets.graphs import replay_on_a_gpu
 from targets.pretrained import find_source, import_target
 from targets.runs import fingerprint, head_path, load_head, load_target, trained_heads
 
@@ -190,7 +190,7 @@ def load(out_dir=None, head="auto", device="auto", dtype="auto", compile=False):
     target.chat = chat
     check_numbers(target, folder)
     if compile:
-        try_to_replay(target)
+        replay_on_a_gpu(target)
     if head is not None:
         path = head_path(folder, favourite(folder) if head == "auto" else head)
         head = load_head(path, target, checkpoint["fingerprint"])

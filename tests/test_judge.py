@@ -403,7 +403,7 @@ def test_foresight_is_measured_in_one_command(tiny_run, tmp_path, call, monkeypa
     monkeypatch.setattr("study.foresight.STEPS", (1, 5))
     monkeypatch.setattr("targets.written.ON_CPU", 40)
     run = shutil.copytree(tiny_run.folder, tmp_path / "run")
-    argv = ["--out_dir", run, "--temperature", temperature, "--written_tokens", 1280]
+    argv = ["--out_dir", run, "--temperature", temperature, "--written_tokens", 3840]
     argv += ["--rows", 1000, "--num_prompts", 2, "--max_new_tokens", 12, "--test_prompts", 2]
     status, out, err = call(foresight.main, *argv, "--dtype", "float32")
     assert (status, err) == (0, "")
@@ -411,8 +411,7 @@ def test_foresight_is_measured_in_one_command(tiny_run, tmp_path, call, monkeypa
     result = json.loads((run / f"foresight-{kind}.json").read_text())
     told, valid = result["foreseen"], result["validation"]
     for name in ("judge", "logistic", "q"):
-        # A tenth has a token at least: the texts of some versions of torch have fewer than ten.
-        assert told[name]["bce"] > 0 and 1 <= len(told[name]["deciles"]) <= 10
+        assert told[name]["bce"] > 0 and 8 <= len(told[name]["deciles"]) <= 10
         for width, patience in foresight.SHAPES:
             row = valid[f"{name} of {width}, {patience}"]
             assert row["tau"] >= 1 and 0 <= row["nodes"] <= 24 and 1 <= row["steps"] <= 5

@@ -197,7 +197,7 @@ def test_a_text_that_ended_at_once_has_no_speed():
 
 def test_why_a_draft_did_not_pay_is_told_by_what_its_cycles_cost():
     plain = Generation([0] * 9, [1] * 8, verify_seconds=8.0)  # a step takes a second
-    for draft, words in ((4.0, "cannot pay: a cycle costs 6.0 plain steps (its draft 4.0)"),
+    for draft, words in ((4.0, "cannot pay here: a cycle costs 6.0 plain steps (its draft 4.0)"),
                          (2.0, "did not pay: a cycle cost 4.0 plain steps (its draft 2.0) and wrote 3"),
                          (0.5, None)):  # fmt: skip
         slow = Generation([0] * 7, [3, 3], draft_seconds=2 * draft, verify_seconds=4.0)

@@ -328,12 +328,12 @@ def test_two_outputs_are_identical_or_part_within_rounding_or_are_a_bug():
 
 
 def test_a_loop_and_a_draft_that_does_not_pay_are_said(came_along, call, monkeypatch):
-    for loop, slow in ((True, None), (False, "drafting cannot pay")):
+    for loop, slow in ((True, None), (False, "drafting cannot pay here")):
         monkeypatch.setattr(speculate, "is_loop", lambda tokens, loop=loop: loop)
         monkeypatch.setattr(speculate, "remark", lambda *timed, slow=slow: slow)
         out = call(speculate.main, *SPEAK)[1]
         assert ("the text ends in a loop" in out) == loop
-        assert ("drafting cannot pay" in out) == (slow is not None)
+        assert ("drafting cannot pay here" in out) == (slow is not None)
 
 
 @pytest.mark.parametrize("flags, warned", [("", False), ("--nodes 8", False)], ids=str)
