@@ -164,14 +164,16 @@ def plot_foresight(results: dict[str, dict], path: Path) -> None:
 
 
 @plt.rc_context(STYLE)
-def plot_depth(result: dict, path: Path) -> None:
+def plot_depth(result: dict, path: Path, beside: dict | None = None) -> None:
     """Net speed of K layers against one, by the target's depth, each K with its own draft.
 
     Lines: a padded target; dashed, where each draft step costs the most besides its layers.
-    Diamonds: targets whose depth is real. Crosses: some texts, decoded.
+    Diamonds: targets whose depth is real. Crosses: some texts, decoded. Stars: other targets, of
+    the results `beside` {name: result}.
     """
     kinds = list(dict.fromkeys(row["kind"] for row in result["table"]))
     most, real = max(row["more"] for row in result["table"]), result["real"].values()
+    is_padded = max(row["depth"] for row in result["table"]) > result["layers"]
     figure, axes = plt.subplots(1, len(kinds), figsize=(10, 4.6), sharey=True, squeeze=False)
 
     def draw(axis, table: list, layers: str, more: float, line: str, color: str, label: str):
@@ -188,7 +190,8 @@ def plot_depth(result: dict, path: Path) -> None:
         ticks = set()
         for color, layers in (("teal", "2"), ("mediumvioletred", "3")):
             name = f"K = {layers}"
-            ticks.update(draw(axis, result["table"], layers, 0.0, "o-", color, f"{name}, padded"))
+            label = f"{name}, padded" if is_padded else name
+            ticks.update(draw(axis, result["table"], layers, 0.0, "o-", color, label))
             if kind == "greedy":
                 checks = {int(depth): check for depth, check in result["decoded"].items()}
                 net = [
@@ -200,6 +203,8 @@ def plot_depth(result: dict, path: Path) -> None:
             rows = [row for part in real for row in part["table"]]
             if rows:
                 ticks.update(draw(axis, rows, layers, 0.0, "D", color, f"{name}, real depth"))
+            for other, found in (beside or {}).items():
+                draw(axis, found["table"], layers, 0.0, "*", color, f"{name}, {other}")
         axis.axhline(1.0, color="gray", linestyle="--")
         axis.axhline(REPORTED, color="gray", linestyle=":")
         axis.set(title=kind, xlabel="layers of the target (padded beyond its own)", xscale="log")

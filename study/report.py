@@ -177,6 +177,8 @@ def nets_row(part: dict, row: dict) -> list:
 def crossovers(result: dict) -> list[str]:
     """Where a second layer begins to pay, a line for each kind of text and cost of a draft step."""
     lines, found = [], {}
+    deepest = max(row["depth"] for row in result["table"])
+    ends = "layers." if deepest == result["layers"] else "layers (padded)."
     for row in result["table"]:
         if "task" not in row:
             bounds = row["depth"], *row["heads"]["2"]["net_interval"]
@@ -188,7 +190,7 @@ def crossovers(result: dict) -> list[str]:
         parts = [("slower than one at", slower), ("undecided at", between), ("faster at", faster)]
         told = [f"{words} {', '.join(map(str, depths))}" for words, depths in parts if depths]
         besides = f", a draft step {more:g} dearer" if more else ""
-        lines.append(f"- Two layers, {kind}{besides}: {'; '.join(told)} layers (padded).")
+        lines.append(f"- Two layers, {kind}{besides}: {'; '.join(told)} {ends}")
     return lines
 
 
@@ -412,7 +414,8 @@ def main() -> None:
         found = {title: read_result(name) for name, title in there.items()}
         plot_foresight(found, RESULTS / "foresight.png")
     if is_result("depth-cpu"):
-        plot_depth(read_result("depth-cpu"), RESULTS / "depth.png")
+        beside = {"SmolLM2": read_result("depth-smollm2")} if is_result("depth-smollm2") else {}
+        plot_depth(read_result("depth-cpu"), RESULTS / "depth.png", beside)
     for name in ("cpu-greedy", "smollm2-greedy", "smollm2-four"):
         plot_bench(read_result(name), RESULTS / f"{name}.png")
 

@@ -14,6 +14,7 @@ from study import deeper, depth
 from study.deeper import with_layers
 from study.depth import ROUNDS, SIZES, beside, kept, padded, reckoned, replayed, tau_ratios, timed
 from study.replay import PlainText
+from study.report import crossovers
 from study.statistics import DRAWS, combined, draw
 
 
@@ -187,6 +188,18 @@ def test_an_interval_of_two_sources():
     assert np.log([3 / low, high / 3]) == pytest.approx(np.hypot(seeds, texts))
     low, high = combined(3.0, redrawn, np.exp(logs[:1]))  # of one seed nothing is known
     assert np.log([3 / low, high / 3]) == pytest.approx(texts)
+
+
+def test_where_a_second_layer_pays_is_told_and_whether_that_target_is_padded():
+    bounds = {16: (0.8, 0.9), 32: (0.9, 1.1), 64: (1.1, 1.2)}
+    table = [
+        {"kind": "greedy", "more": 0.0, "depth": depth, "heads": {"2": {"net_interval": interval}}}
+        for depth, interval in bounds.items()
+    ]
+    told = "- Two layers, greedy: slower than one at 16; undecided at 32; faster at 64 layers"
+    assert crossovers({"layers": 16, "table": table}) == [f"{told} (padded)."]
+    told = "- Two layers, greedy: undecided at 32 layers."
+    assert crossovers({"layers": 32, "table": table[1:2]}) == [told]
 
 
 def test_less_than_its_own_layers_is_refused_before_anything_is_trained(tiny_run, tmp_path, call):
