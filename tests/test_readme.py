@@ -30,6 +30,7 @@ SCRIPTS = {
     "study.foresight": ["study/foresight.py"],
     "study.depth": ["study/depth.py"],
     "study.overhead": ["study/overhead.py"],
+    "study.gpu": ["study/gpu.py"],
     "study.exercise": [],
     "study.verify": ["study/verify.py"],
     "study.pictures": ["study/pictures.py"],
