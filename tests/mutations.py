@@ -599,6 +599,30 @@ FILES += of(
     ),
 )
 FILES += of(
+    "study/gpu.py",
+    (
+        'if before and before["ended"] == "done" and before["command"] == command:',
+        'if before and before["ended"] == "done":',
+        "a step of other settings is taken for done",
+        "test_gpu.py::test_what_succeeded_is_not_run_again",
+    ),
+    (
+        "for number in (signal.SIGINT, signal.SIGKILL):",
+        "for number in (signal.SIGKILL,):",
+        "a training that is cut keeps nothing",
+        "test_gpu.py::test_a_step_says_how_it_ended",
+    ),
+)
+FILES += of(
+    "study/report.py",
+    (
+        'ends = "layers." if deepest == result["layers"] else "layers (padded)."',
+        'ends = "layers (padded)."',
+        "a target's own layers are called padded",
+        "test_depth.py::test_where_a_second_layer_pays_is_told_and_whether_that_target_is_padded",
+    ),
+)
+FILES += of(
     "study/prompts.py",
     (
         'path.read_text("utf-8-sig").split("\\n"), start=1)',
