@@ -44,8 +44,9 @@ def test_a_step_says_how_it_ended():
     assert run_step(["-c", "print(1 + 1)"], 60)["ended"] == "done"
     failed = run_step(["-c", "print('before'); raise SystemExit(3)"], 60)
     assert failed["ended"] == "exit status 3" and failed["printed"] == "before\n"
-    # Interrupted as by Ctrl-C: what it keeps then is kept.
-    endless = "import time\nprint('begun', flush=True)\ntry:\n    time.sleep(60)\n"
+    # Interrupted as by Ctrl-C, which our scripts hear from a background job, too: it keeps its work.
+    endless = "import signal, time\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    endless += "print('begun', flush=True)\ntry:\n    time.sleep(60)\n"
     begin = time.monotonic()
     cut = run_step(["-c", endless + "except KeyboardInterrupt:\n    print('kept')"], 2)
     assert cut["ended"] == "interrupted" and cut["printed"] == "begun\nkept\n"
