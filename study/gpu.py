@@ -13,11 +13,13 @@ How a step ended, its seconds and its last lines lie in gpu-PART.json as soon as
 step stops no other, and a second call goes on with those that have not succeeded. One that is still
 at work when --minutes are over is interrupted: training goes on where it was.
 
-`python -m study.gpu --part small`; bench.py's own results lie beside them.
+`python -m study.gpu --part small`; bench.py's own results lie where it writes them: for `small` in
+out/trained-cpu/bench/, for `pretrained` in the run's folder.
 """
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -92,10 +94,11 @@ def run_step(command: list[str], seconds: float) -> dict:
     try:
         printed, _ = step.communicate(timeout=seconds)
         ended = "done" if step.returncode == 0 else f"exit status {step.returncode}"
-    except (subprocess.TimeoutExpired, KeyboardInterrupt) as cut:
+    except subprocess.TimeoutExpired:
         printed, ended = stop(step), "interrupted"
-        if isinstance(cut, KeyboardInterrupt):
-            raise
+    except KeyboardInterrupt:
+        stop(step)
+        raise
     taken = time.monotonic() - begin
     return {"command": command, "ended": ended, "seconds": taken, "printed": printed[-LAST:]}
 
@@ -119,7 +122,8 @@ def main() -> None:
     result = {"config": asdict(config), "device": describe_device(device), "steps": {}}
     if path.is_file():
         result["steps"] = json.loads(path.read_text("utf-8"))["steps"]
-    for name, command in steps_of(config).items():
+    steps = steps_of(config)
+    for name, command in steps.items():
         before = result["steps"].get(name)
         if before and before["ended"] == "done" and before["command"] == command:
             print(f"{name}: done already", flush=True)
@@ -127,13 +131,13 @@ def main() -> None:
         if (left := 60 * config.minutes - (time.monotonic() - begin)) <= 0:
             print(f"{name}: no time left", flush=True)
             continue
-        print(f"{name}: python {' '.join(command)}", flush=True)
+        print(f"{name}: python {shlex.join(command)}", flush=True)
         found = result["steps"][name] = run_step(command, left)
         write_json(path, origin() | result)
         if found["ended"] != "done":
             print(found["printed"], flush=True)
         print(f"{name}: {found['ended']} after {found['seconds']:.0f} s", flush=True)
-    ended = [result["steps"].get(name, {}).get("ended") for name in steps_of(config)]
+    ended = [result["steps"].get(name, {}).get("ended") for name in steps]
     print(f"{ended.count('done')} of {len(ended)} steps done; written: {path}")
 
 

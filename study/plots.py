@@ -163,6 +163,11 @@ def plot_foresight(results: dict[str, dict], path: Path) -> None:
     plt.close(figure)
 
 
+def is_padded(result: dict) -> bool:
+    """Whether a run of study/depth.py holds more than its target's own layers."""
+    return max(row["depth"] for row in result["table"]) > result["layers"]
+
+
 @plt.rc_context(STYLE)
 def plot_depth(result: dict, path: Path, beside: dict | None = None) -> None:
     """Net speed of K layers against one, by the target's depth, each K with its own draft.
@@ -173,7 +178,6 @@ def plot_depth(result: dict, path: Path, beside: dict | None = None) -> None:
     """
     kinds = list(dict.fromkeys(row["kind"] for row in result["table"]))
     most, real = max(row["more"] for row in result["table"]), result["real"].values()
-    is_padded = max(row["depth"] for row in result["table"]) > result["layers"]
     figure, axes = plt.subplots(1, len(kinds), figsize=(10, 4.6), sharey=True, squeeze=False)
 
     def draw(axis, table: list, layers: str, more: float, line: str, color: str, label: str):
@@ -190,7 +194,7 @@ def plot_depth(result: dict, path: Path, beside: dict | None = None) -> None:
         ticks = set()
         for color, layers in (("teal", "2"), ("mediumvioletred", "3")):
             name = f"K = {layers}"
-            label = f"{name}, padded" if is_padded else name
+            label = f"{name}, padded" if is_padded(result) else name
             ticks.update(draw(axis, result["table"], layers, 0.0, "o-", color, label))
             if kind == "greedy":
                 checks = {int(depth): check for depth, check in result["decoded"].items()}

@@ -15,7 +15,7 @@ import numpy as np
 from drafts import ALONE, COPIED, GAMMA, MATCH
 from plumbing.cli import run
 from plumbing.files import load_checkpoint
-from study.plots import plot_bench, plot_depth, plot_foresight, plot_gain, plot_labels
+from study.plots import is_padded, plot_bench, plot_depth, plot_foresight, plot_gain, plot_labels
 from study.statistics import evaluate
 from targets.loading import SIZES, TRAINED
 
@@ -177,8 +177,7 @@ def nets_row(part: dict, row: dict) -> list:
 def crossovers(result: dict) -> list[str]:
     """Where a second layer begins to pay, a line for each kind of text and cost of a draft step."""
     lines, found = [], {}
-    deepest = max(row["depth"] for row in result["table"])
-    ends = "layers." if deepest == result["layers"] else "layers (padded)."
+    ends = "layers (padded)." if is_padded(result) else "layers."
     for row in result["table"]:
         if "task" not in row:
             bounds = row["depth"], *row["heads"]["2"]["net_interval"]
@@ -413,9 +412,8 @@ def main() -> None:
     if there:
         found = {title: read_result(name) for name, title in there.items()}
         plot_foresight(found, RESULTS / "foresight.png")
-    if is_result("depth-cpu"):
-        beside = {"SmolLM2": read_result("depth-smollm2")} if is_result("depth-smollm2") else {}
-        plot_depth(read_result("depth-cpu"), RESULTS / "depth.png", beside)
+    beside = {"SmolLM2": read_result("depth-smollm2")}
+    plot_depth(read_result("depth-cpu"), RESULTS / "depth.png", beside)
     for name in ("cpu-greedy", "smollm2-greedy", "smollm2-four"):
         plot_bench(read_result(name), RESULTS / f"{name}.png")
 

@@ -616,7 +616,7 @@ FILES += of(
 FILES += of(
     "study/report.py",
     (
-        'ends = "layers." if deepest == result["layers"] else "layers (padded)."',
+        'ends = "layers (padded)." if is_padded(result) else "layers."',
         'ends = "layers (padded)."',
         "a target's own layers are called padded",
         "test_depth.py::test_where_a_second_layer_pays_is_told_and_whether_that_target_is_padded",

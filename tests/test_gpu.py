@@ -17,7 +17,7 @@ TAKES = {"bench.py": BenchConfig, "speculate.py": SpeculateConfig}
 
 
 @pytest.mark.parametrize("part", ["small", "pretrained"])
-def test_each_step_is_a_command_that_its_script_takes(part, monkeypatch):
+def test_each_step_is_a_command_that_its_script_takes(part):
     config = GpuConfig(part, target="some.gguf", num_prompts=3, out_dir="out/some")
     steps, seen = steps_of(config), []
     for script, *argv in steps.values():
