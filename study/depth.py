@@ -1,9 +1,8 @@
 """Where K layers pay: the speed of heads with one, two and three layers, by the target's depth.
 
-A draft layer costs a little less than 1/L of a pass of a target of L layers, and the second one
-raises tau. So the deeper the target, the more layers should pay (KOALA's trade-off). But a target
-of another depth is another target, with another tau. Here the two factors of the speed are measured
-apart:
+A draft layer costs about 1/L of a pass of a target of L layers, and the second one raises tau. So
+the deeper the target, the more layers should pay (KOALA's trade-off). But a target of another depth
+is another target, with another tau. Here the two factors of the speed are measured apart:
 
     speed(K, L) = tau(K) / (c_verify(L) + c_draft(K, L))
 
