@@ -18,8 +18,8 @@ with 0.1 and 0.3 plain steps more for each draft step, and every K chooses anew.
 The interval holds seeds (Student's t), texts and rounds of timing together. Texts of one
 conversation are drawn together. A round times all depths, so that rounds are minutes apart.
 
-Beside it stand one layer with the parameters of two (`wide`), and targets whose depth is real
-(study/deeper.py), each with its own texts and heads.
+Beside it stand one layer with the parameters of two (`wide`), and targets with other layers of
+their own (study/deeper.py), padded likewise, each with its own texts and heads.
 
 `python -m study.depth` does it all, and goes on where it was interrupted: targets, heads, taus and
 costs lie in the run's folder, under depth/.
@@ -416,9 +416,10 @@ def main() -> None:
         real = kept(folder / "real.json", key, real_targets, run_folder, folder, config.device)
         result["bits"] = real["bits"]
         two = replace(config, seeds=config.seeds[:2])
-        for depth, name in real["runs"].items():
-            it = measured(replace(two, depths=[int(depth)]), folder / name, CELLS)
-            result["real"][depth] = it
+        for own, name in real["runs"].items():
+            more = [depth for depth in depths if depth > int(own)]
+            it = measured(replace(two, depths=[int(own), *more]), folder / name, CELLS)
+            result["real"][own] = it
             keep()
     minutes = (time.monotonic() - begin) / 60
     print(f"\n{depth_table(result)}\n\nwritten: {folder}/depth.json, .png in {minutes:.1f} min")

@@ -172,29 +172,31 @@ def is_padded(result: dict) -> bool:
 def plot_depth(result: dict, path: Path, beside: dict | None = None) -> None:
     """Net speed of K layers against one, by the target's depth, each K with its own draft.
 
-    Lines: a padded target; dashed, where each draft step costs the most besides its layers.
-    Diamonds: targets whose depth is real. Crosses: some texts, decoded. Stars: other targets, of
-    the results `beside` {name: result}.
+    Lines: a padded target; dashed, where each draft step costs the most besides its layers; dotted,
+    with diamonds: targets with other layers of their own. Crosses: some texts, decoded. Stars: other
+    targets, of the results `beside` {name: result}.
     """
     kinds = list(dict.fromkeys(row["kind"] for row in result["table"]))
     most, real = max(row["more"] for row in result["table"]), result["real"].values()
     figure, axes = plt.subplots(1, len(kinds), figsize=(10, 4.6), sharey=True, squeeze=False)
 
-    def draw(axis, table: list, layers: str, more: float, line: str, color: str, label: str):
+    def draw(axis, table, layers: str, more: float, line: str, color: str, label: str, shift=1.0):
         rows = [row for row in table if (row["kind"], row["more"]) == (kind, more)]
         rows = [row for row in rows if "task" not in row]
         depths, found = [row["depth"] for row in rows], [row["heads"][layers] for row in rows]
         net = np.array([f["net"] for f in found])
         low, high = np.abs(np.array([f["net_interval"] for f in found]).T - net)
         label = label if axis is axes[0, 0] else None
-        axis.errorbar(depths, net, (low, high), fmt=line, capsize=4, color=color, label=label)
+        at = np.array(depths) * shift  # so that bars lie side by side
+        axis.errorbar(at, net, (low, high), fmt=line, capsize=4, color=color, label=label)
         return depths
 
     for axis, kind in zip(axes[0], kinds):
         ticks = set()
         for color, layers in (("teal", "2"), ("mediumvioletred", "3")):
             name = f"K = {layers}"
-            label = f"{name}, padded" if is_padded(result) else name
+            label = f"{name}, {result['layers']} layers"
+            label += ", padded" if is_padded(result) else ""
             ticks.update(draw(axis, result["table"], layers, 0.0, "o-", color, label))
             if kind == "greedy":
                 checks = {int(depth): check for depth, check in result["decoded"].items()}
@@ -204,9 +206,10 @@ def plot_depth(result: dict, path: Path, beside: dict | None = None) -> None:
                 axis.plot([*checks], net, "x", color=color, label=f"{name}, decoded")
             dear = f"{name}, a draft step {most:g} dearer"
             draw(axis, result["table"], layers, most, "s--", color, dear)
-            rows = [row for part in real for row in part["table"]]
-            if rows:
-                ticks.update(draw(axis, rows, layers, 0.0, "D", color, f"{name}, real depth"))
+            for part in real:
+                label = f"{name}, {part['layers']} layers, padded"
+                draw(axis, part["table"], layers, 0.0, "D:", color, label, shift=1.06)
+                ticks.add(part["layers"])
             for other, found in (beside or {}).items():
                 draw(axis, found["table"], layers, 0.0, "*", color, f"{name}, {other}")
         axis.axhline(1.0, color="gray", linestyle="--")

@@ -123,7 +123,8 @@ def foresight_table(result: dict) -> str:
 def depth_table(result: dict) -> str:
     """Where K layers pay, by the target's depth: a run of study/depth.py."""
     rows, nets, besides = [], [], sorted({row["more"] for row in result["table"]})
-    for part in [result, *result["real"].values()]:
+    parts = [result, *result["real"].values()]
+    for part in parts:
         whole = [row for row in part["table"] if "task" not in row]
         found = {(row["kind"], row["depth"], row["more"]): row["heads"] for row in whole}
         for (kind, depth, more), heads in found.items():
@@ -145,24 +146,25 @@ def depth_table(result: dict) -> str:
     shown = [f"net speed, {m:g} more a draft step" if m else "net speed" for m in besides]
     blocks = [table(" | ".join([header + "speed | decoded / predicted", *shown]), rows)]
     shown = [i for i, (_, nodes) in enumerate(result["sizes"]) if nodes or i % 2]
-    header = "decoding | tau against one layer, of | "
+    header = "decoding | target's own layers | tau against one layer, of | "
     header += " | ".join(size_name(*result["sizes"][i]) for i in shown)
     rows = [
-        [kind, k, *(with_interval(ratios[i][0], ratios[i][1:], 3) for i in shown)]
-        for kind, found in result["tau_ratios"].items()
+        [kind, part["layers"], k, *(with_interval(ratios[i][0], ratios[i][1:], 3) for i in shown)]
+        for part in parts
+        for kind, found in part["tau_ratios"].items()
         for k, ratios in found.items()
     ]
     blocks.append(table(header, rows))
     header = "decoding | texts | target's layers | best K | net speed of two layers | of three"
     blocks.append(table(header, nets))
-    blocks.append("\n".join(crossovers(result)))
+    blocks.append("\n".join(line for part in parts for line in crossovers(part)))
     bits = [f"{name} {value:.3f}" for name, value in result["bits"].items()]
     blocks += ["Bits per byte of held-out text: " + ", ".join(bits) + "."] if bits else []
     return "\n\n".join(blocks)
 
 
 def depth_name(part: dict, depth: int) -> str:
-    return f"{depth}" if depth == part["layers"] else f"{depth}, padded"
+    return f"{depth}" if depth == part["layers"] else f"{part['layers']}, padded to {depth}"
 
 
 def nets_row(part: dict, row: dict) -> list:
@@ -177,7 +179,7 @@ def nets_row(part: dict, row: dict) -> list:
 def crossovers(result: dict) -> list[str]:
     """Where a second layer begins to pay, a line for each kind of text and cost of a draft step."""
     lines, found = [], {}
-    ends = "layers (padded)." if is_padded(result) else "layers."
+    ends = f"layers ({result['layers']} of its own)." if is_padded(result) else "layers."
     for row in result["table"]:
         if "task" not in row:
             bounds = row["depth"], *row["heads"]["2"]["net_interval"]

@@ -616,8 +616,8 @@ FILES += of(
 FILES += of(
     "study/report.py",
     (
-        'ends = "layers (padded)." if is_padded(result) else "layers."',
-        'ends = "layers (padded)."',
+        'of its own)." if is_padded(result) else "layers."',
+        'of its own)."',
         "a target's own layers are called padded",
         "test_depth.py::test_where_a_second_layer_pays_is_told_and_whether_that_target_is_padded",
     ),

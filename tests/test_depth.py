@@ -197,7 +197,7 @@ def test_where_a_second_layer_pays_is_told_and_whether_that_target_is_padded():
         for depth, interval in bounds.items()
     ]
     told = "- Two layers, greedy: slower than one at 16; undecided at 32; faster at 64 layers"
-    assert crossovers({"layers": 16, "table": table}) == [f"{told} (padded)."]
+    assert crossovers({"layers": 16, "table": table}) == [f"{told} (16 of its own)."]
     told = "- Two layers, greedy: undecided at 32 layers."
     assert crossovers({"layers": 32, "table": table[1:2]}) == [told]
 
@@ -253,7 +253,8 @@ def test_one_command_measures_it_all_and_goes_on(tiny_run, tmp_path, call, monke
     for part in (result, *real.values()):  # anyone can redo the figures
         again = json.loads(json.dumps(depth.tabled(part)))
         assert again == {key: part[key] for key in ("tau_ratios", "table")}
-    assert out.count("Two layers, ") == 2 * 3 and "twice, lower half alone" in out
+    assert {row["depth"] for row in real["1"]["costs"]} == {1, 3, 5}  # padded likewise
+    assert out.count("Two layers, ") == 2 * 3 * (1 + len(real)) and "twice, lower half alone" in out
     rows = out.split("speed, 0.3 more a draft step |\n")[1].splitlines()[1:13]
     assert [row.split(" | ")[2] for row in rows] == ["1", "2", "3", "wide"] * 3
     assert (folder / "depth.png").stat().st_size > 10_000
