@@ -173,8 +173,8 @@ def plot_depth(result: dict, path: Path, beside: dict | None = None) -> None:
     """Net speed of K layers against one, by the target's depth, each K with its own draft.
 
     Lines: a padded target; dashed, where each draft step costs the most besides its layers; dotted,
-    with diamonds: targets with other layers of their own. Crosses: some texts, decoded. Stars: other
-    targets, of the results `beside` {name: result}.
+    with diamonds: targets with other layers of their own. Crosses: some texts, decoded. Stars:
+    other targets, of the results `beside` {name: result}.
     """
     kinds = list(dict.fromkeys(row["kind"] for row in result["table"]))
     most, real = max(row["more"] for row in result["table"]), result["real"].values()
