@@ -623,6 +623,15 @@ FILES += of(
     ),
 )
 FILES += of(
+    "study/depth.py",
+    (
+        "more = [depth for depth in depths if depth > int(own)]",
+        "more = []",
+        "a second target is measured at its own depth alone, not padded",
+        "test_depth.py::test_one_command_measures_it_all_and_goes_on",
+    ),
+)
+FILES += of(
     "study/prompts.py",
     (
         'path.read_text("utf-8-sig").split("\\n"), start=1)',
