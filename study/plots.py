@@ -168,6 +168,10 @@ def is_padded(result: dict) -> bool:
     return max(row["depth"] for row in result["table"]) > result["layers"]
 
 
+def depths_name(part: dict) -> str:
+    return f"{part['layers']} layers, padded" if is_padded(part) else f"{part['layers']} layers"
+
+
 @plt.rc_context(STYLE)
 def plot_depth(result: dict, path: Path, beside: dict | None = None) -> None:
     """Net speed of K layers against one, by the target's depth, each K with its own draft.
@@ -195,8 +199,7 @@ def plot_depth(result: dict, path: Path, beside: dict | None = None) -> None:
         ticks = set()
         for color, layers in (("teal", "2"), ("mediumvioletred", "3")):
             name = f"K = {layers}"
-            label = f"{name}, {result['layers']} layers"
-            label += ", padded" if is_padded(result) else ""
+            label = f"{name}, {depths_name(result)}"
             ticks.update(draw(axis, result["table"], layers, 0.0, "o-", color, label))
             if kind == "greedy":
                 checks = {int(depth): check for depth, check in result["decoded"].items()}
@@ -207,9 +210,8 @@ def plot_depth(result: dict, path: Path, beside: dict | None = None) -> None:
             dear = f"{name}, a draft step {most:g} dearer"
             draw(axis, result["table"], layers, most, "s--", color, dear)
             for part in real:
-                label = f"{name}, {part['layers']} layers, padded"
-                draw(axis, part["table"], layers, 0.0, "D:", color, label, shift=1.06)
-                ticks.add(part["layers"])
+                label = f"{name}, {depths_name(part)}"
+                ticks.update(draw(axis, part["table"], layers, 0.0, "D:", color, label, shift=1.06))
             for other, found in (beside or {}).items():
                 draw(axis, found["table"], layers, 0.0, "*", color, f"{name}, {other}")
         axis.axhline(1.0, color="gray", linestyle="--")
